@@ -1,0 +1,1 @@
+"""The stages and the flow that joins them."""

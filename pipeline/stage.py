@@ -1,0 +1,73 @@
+"""What a stage is: a plain function from artifacts, its spec and a context to measurements.
+
+A stage writes its files into `context.scratch` and returns JSON-able measurements; the workspace
+turns both into an `Artifact` with one rename. What a stage may read (spec, input artifacts, seed,
+threads, device) is what its key hashes, see `workspace.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+# Below scratch: what only an unfinished stage needs (checkpoints, partial shards). It survives a
+# kill, so that the stage can go on, and is dropped when the stage is committed.
+RESUME_FOLDER = "resume"
+
+
+class Events(Protocol):
+    """Where a stage says how far it is. The console implements it; tests pass `Silent()`."""
+
+    def progress(self, done: float, total: float, note: str = "") -> None:
+        """`done` of `total` units of the running stage; `note` is a short live figure."""
+
+    def note(self, text: str) -> None:
+        """A sentence the user should read; it is kept in the report."""
+
+    def record(self, kind: str, **fields: Any) -> None:
+        """A machine-readable line (an epoch, a loss) for --log-json."""
+
+
+class Silent:
+    """Events that go nowhere, for callers that want only the result."""
+
+    def progress(self, done: float, total: float, note: str = "") -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def record(self, kind: str, **fields: Any) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Context:
+    """All that a stage may read besides its spec and its input artifacts."""
+
+    seed: int
+    threads: int
+    device: str  # "cpu" or "cuda", already resolved
+    scratch: Path
+    events: Events
+
+    @property
+    def resume(self) -> Path:
+        """Folder for what only an unfinished stage needs. Created on first use."""
+        folder = self.scratch / RESUME_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A committed stage: its folder, the hash of everything in it, and what it measured."""
+
+    stage: str
+    path: Path
+    sha256: str
+    measurements: Mapping[str, Any]
+    recalled: bool
+    seconds: float
