@@ -1,1 +1,15 @@
-"""."""
+"""From a torch network to the `.onnx` file that ships: exported, simplified, quantized, stamped.
+
+to_onnx.py    a torch module or exported program → one float ONNX file, opset 18
+simplify.py   onnxsim in a child process, kept only if the outputs agree on real samples
+rewrites.py   the graph rewrites of our own: BatchNormalization folded, means pooled
+int8.py       a float graph → static int8 (QDQ) by onnxruntime.quantization
+stamp.py      what runs on `min_runtime`, names nobody's files, and carries the user's metadata
+sessions.py   onnxruntime sessions, opened and run one way everywhere
+compare.py    how far two sets of logits are apart
+audit.py      parameters, multiply-adds, bytes and operators, read from the graph
+graph.py      small questions about a ModelProto, shared by the files above
+
+Everything here takes and returns tensors, arrays, graphs and paths. Nothing knows recipes,
+stages or reports; those stand above, in `pipeline`.
+"""

@@ -9,7 +9,7 @@
     │   ├── WeightsError            2   a checkpoint that does not fit
     │   ├── ExportError             2   an operator or graph that cannot be exported or quantized
     │   └── OutputError             2   a folder that cannot be written, a full disk, a held lock
-    ├── MeasurementError            4   a measurement that says nothing (NaN, no samples, no overlap)
+    ├── MeasurementError            4   a measurement that proves nothing (NaN, no samples)
     ├── RuntimeFailure              5   a device, child process or runtime that died
     └── IntegrityError              6   files that are not what the manifest says
     Interrupted                   130   Ctrl-C; what is done is kept
@@ -41,7 +41,7 @@ class UsageError(UserError):
 
 
 class RecipeError(UserError):
-    """The recipe, an override or a policy file is wrong. Carries every problem found, one a line."""
+    """The recipe, an override or a policy is wrong. Carries every problem found, one a line."""
 
 
 class DataError(UserError):

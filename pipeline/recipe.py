@@ -7,10 +7,17 @@ recipe leaves out is an error here, before anything is trained.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -81,12 +88,25 @@ class SplitSpec(Spec):
     fraction: Fraction
 
 
+def _which_part(value: object) -> str:
+    """`{fraction: 0.2}` or `0.1` takes a part of train; anything else names a set."""
+    if isinstance(value, int | float):
+        return "number"
+    keys = value if isinstance(value, dict) else vars(value) if isinstance(value, Spec) else {}
+    return "split" if "fraction" in keys else "source"
+
+
+_Source = Annotated[SourceSpec, Tag("source")]
+_Split = Annotated[SplitSpec, Tag("split")]
+_Number = Annotated[Fraction, Tag("number")]
+
+
 class DataSpec(Spec):
     """The sets. Model selection sees validation, calibration sees train, test is touched once."""
 
     train: SourceSpec
-    test: SourceSpec | SplitSpec
-    validation: Fraction | SourceSpec = 0.1
+    test: Annotated[_Source | _Split, Discriminator(_which_part)]
+    validation: Annotated[_Source | _Split | _Number, Discriminator(_which_part)] = 0.1
     calibration: Size = 512  # samples of train
     labels: tuple[str, ...] | None = None  # class names in order, where the data has none
     preprocess: PreprocessSpec | None = None
@@ -194,9 +214,9 @@ def _dotted(value: object) -> object:
 
 class ExportSpec(Spec):
     batch: Literal["dynamic"] | Size = "dynamic"
-    min_runtime: Annotated[
-        str, BeforeValidator(_dotted), Field(pattern=r"^\d+\.\d+(\.\d+)?$")
-    ] = "1.17"  # oldest onnxruntime that must load the file
+    min_runtime: Annotated[str, BeforeValidator(_dotted), Field(pattern=r"^\d+\.\d+(\.\d+)?$")] = (
+        "1.17"  # oldest onnxruntime that must load the file
+    )
     simplify: bool = True
 
     @model_validator(mode="after")
@@ -204,8 +224,9 @@ class ExportSpec(Spec):
         version = tuple(int(part) for part in self.min_runtime.split(".")[:2])
         if version < (1, 14):
             # opset 18 is what torch's exporter is written in; onnxruntime reads it from 1.14 on
-            raise ValueError(f"min_runtime: {self.min_runtime} is older than 1.14, the first "
-                             "onnxruntime that reads opset 18")  # fmt: skip
+            raise ValueError(
+                f"{self.min_runtime} is older than 1.14, the first onnxruntime that reads opset 18"
+            )
         return self
 
 
@@ -264,7 +285,7 @@ class Recipe(Spec):
 
 
 def _conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
-    """(does the conflict hold, what to say). One row a rule; each starts with the key it is about."""
+    """(does it hold, what to say), a row a rule; each text starts with the key it is about."""
     teacher, student, gate = recipe.teacher, recipe.student, recipe.gate
     given = [n for n in (teacher, student) if n is not None and n.weights is not None]
     programs = [n for n in (teacher, student) if n is not None and n.is_program]
@@ -307,10 +328,12 @@ def _conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
             "head: `new` replaces the classifier of given weights, and none are given",
         ),
         (
-            any(n.head == "new" and not n.train and not (n is student and recipe.distill)
-                for n in given),
+            any(
+                n.head == "new" and not n.train and not (n is student and recipe.distill)
+                for n in given
+            ),
             "head: a new classifier must be trained; add a `train` section beside it",
-        ),  # fmt: skip
+        ),
         (
             bool(given or programs) and not _is_fully_given(recipe.data.preprocess),
             "data.preprocess: weights are given, and what they were trained with is not guessed; "
@@ -331,9 +354,3 @@ def _conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
 
 def _is_fully_given(preprocess: PreprocessSpec | None) -> bool:
     return preprocess is not None and preprocess.mean is not None and preprocess.std is not None
-
-
-def resolve_against(base: Path, value: str) -> str:
-    """A path as the user wrote it, made absolute against `base` (`~` is expanded)."""
-    path = Path(value).expanduser()
-    return str(path if path.is_absolute() else (base / path).resolve())

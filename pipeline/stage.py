@@ -20,6 +20,12 @@ RESUME_FOLDER = "resume"
 class Events(Protocol):
     """Where a stage says how far it is. The console implements it; tests pass `Silent()`."""
 
+    def started(self, stage: str) -> None:
+        """The stage begins; progress, notes and records that follow are its own."""
+
+    def finished(self, artifact: Artifact) -> None:
+        """The stage is committed, or was recalled."""
+
     def progress(self, done: float, total: float, note: str = "") -> None:
         """`done` of `total` units of the running stage; `note` is a short live figure."""
 
@@ -30,8 +36,39 @@ class Events(Protocol):
         """A machine-readable line (an epoch, a loss) for --log-json."""
 
 
+class Noting:
+    """Events that also keep their notes, in order and once each."""
+
+    def __init__(self, events: Events) -> None:
+        self._events = events
+        self.notes: list[str] = []
+
+    def started(self, stage: str) -> None:
+        self._events.started(stage)
+
+    def finished(self, artifact: Artifact) -> None:
+        self._events.finished(artifact)
+
+    def progress(self, done: float, total: float, note: str = "") -> None:
+        self._events.progress(done, total, note)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+            self._events.note(text)
+
+    def record(self, kind: str, **fields: Any) -> None:
+        self._events.record(kind, **fields)
+
+
 class Silent:
     """Events that go nowhere, for callers that want only the result."""
+
+    def started(self, stage: str) -> None:
+        pass
+
+    def finished(self, artifact: Artifact) -> None:
+        pass
 
     def progress(self, done: float, total: float, note: str = "") -> None:
         pass
@@ -69,5 +106,6 @@ class Artifact:
     path: Path
     sha256: str
     measurements: Mapping[str, Any]
+    notes: tuple[str, ...]
     recalled: bool
     seconds: float

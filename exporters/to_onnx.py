@@ -1,0 +1,264 @@
+"""A torch network → one float ONNX file, by torch.onnx.export with dynamo, opset 18.
+
+Input "input" (N, C, H, W) float32, output "logits" (N, classes); N free or fixed; weights inside
+the file; no trace of the machine it was made on. Does not simplify, fold or verify: `simplify.py`
+and `pipeline/verify/parity.py` do. There is no fallback to the TorchScript exporter: a graph that
+needs it is an error that names the operator or the line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from ..pipeline.errors import ExportError
+from .stamp import OPSET, strip, write_model
+
+Batch = Literal["dynamic"] | int
+
+INPUT, OUTPUT, BATCH_AXIS = "input", "logits", "N"
+_TORCH = str(Path(torch.__file__).parent)
+_PACKAGE = str(Path(__file__).resolve().parent.parent)
+
+
+def export_onnx(
+    network: nn.Module | ExportedProgram, example: Tensor, path: Path, *, batch: Batch
+) -> None:
+    """Writes the network as ONNX, checked by onnx.checker with full shape inference.
+
+    Args:
+        network: a module (exported in eval mode, its modes restored afterwards) or a program read
+            from a .pt2 file.
+        example: float32, (≥ 2, C, H, W); only its shape matters. With 1, torch.export would take
+            the batch for a constant (pytorch#157621).
+        batch: "dynamic", or the fixed number of samples a call.
+
+    Raises:
+        ExportError: an operator that ONNX lacks, control flow that depends on the data, or a
+            network that fixes its batch; names the operator or the user's line.
+    """
+    assert example.ndim == 4, "the example is (N, C, H, W)"
+    assert len(example) >= 2, "an example batch of 1 would be taken for a constant"
+    if isinstance(network, ExportedProgram):
+        model = _from_program(network, batch)
+    else:
+        model = _from_module(network, example, batch)
+    _check(model, batch)
+    write_model(strip(model), path)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The module in eval mode; every submodule's own mode afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    for part, _ in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def run_module(
+    module: nn.Module, inputs: np.ndarray[Any, Any], *, dtype: torch.dtype, batch_size: int
+) -> np.ndarray[Any, Any]:
+    """Logits of a module that already has parameters of `dtype`, on the CPU, (N, classes).
+
+    The last batch is filled up by repeating its last sample, so that a program with a fixed batch
+    can be run too.
+    """
+    outputs = []
+    with torch.no_grad():
+        for start in range(0, len(inputs), batch_size):
+            batch = torch.from_numpy(np.ascontiguousarray(inputs[start : start + batch_size]))
+            missing = batch_size - len(batch)
+            full = torch.cat([batch, batch[-1:].expand(missing, *batch.shape[1:])])
+            outputs.append(module(full.to(dtype))[: len(batch)].numpy())
+    return np.concatenate(outputs)
+
+
+def program_batch(program: ExportedProgram) -> int | None:
+    """The batch a program was captured with, or None where it is free."""
+    names = set(program.graph_signature.user_inputs)
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in names and node.meta["val"].ndim:
+            first = node.meta["val"].shape[0]
+            return first if isinstance(first, int) else None
+    raise ExportError("the program takes no tensor; expected one input (N, C, H, W)")
+
+
+def _from_module(module: nn.Module, example: Tensor, batch: Batch) -> onnx.ModelProto:
+    if isinstance(batch, int):
+        shown = example[:1].expand(batch, *example.shape[1:]).contiguous()
+        dynamic_shapes: Any = None
+    else:
+        shown = example
+        dynamic_shapes = ({0: Dim(BATCH_AXIS)},)
+    with evaluating(module):
+        return _export(module, (shown,), dynamic_shapes)
+
+
+def _from_program(program: ExportedProgram, batch: Batch) -> onnx.ModelProto:
+    captured = program_batch(program)
+    if captured is not None and captured != batch:
+        raise ExportError(
+            f"export.batch: {batch} is asked for, and the .pt2 program was captured with a fixed "
+            f"batch of {captured}; set export.batch: {captured}, or capture it with "
+            'dynamic_shapes=({0: torch.export.Dim("N")},)'
+        )
+    model = _export(program, None, None)
+    if captured is None and isinstance(batch, int):
+        model = _fix_batch(model, batch)
+    return model
+
+
+def _export(
+    network: nn.Module | ExportedProgram, args: tuple[Tensor] | None, dynamic_shapes: Any
+) -> onnx.ModelProto:
+    try:
+        with _quiet(), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+            program = torch.onnx.export(
+                network,
+                args or (),
+                dynamo=True,
+                opset_version=OPSET,
+                external_data=False,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes=dynamic_shapes,
+                verbose=False,
+                artifacts_dir=folder,
+            )
+            assert program is not None
+            path = Path(folder, "model.onnx")
+            program.save(path, external_data=False)
+            return onnx.load(path)
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ExportError(_explain(error)) from error
+
+
+def _fix_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+    """The graph with its free first axis set; inner shapes are inferred anew."""
+    for info in (*model.graph.input, *model.graph.output):
+        info.type.tensor_type.shape.dim[0].dim_value = batch
+    del model.graph.value_info[:]
+    return onnx.shape_inference.infer_shapes(model)
+
+
+def _check(model: onnx.ModelProto, batch: Batch) -> None:
+    """The graph is valid, has one input and one output, and the batch that was asked for."""
+    names = ([v.name for v in model.graph.input], [v.name for v in model.graph.output])
+    if names != ([INPUT], [OUTPUT]):
+        raise ExportError(
+            f"expected one input and one output, got {len(names[0])} and {len(names[1])}; let "
+            "forward() take one image batch and return only its logits"
+        )
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            f"torch.onnx.export wrote an invalid graph: {' '.join(str(error).split())[:300]}; "
+            "rewrite the part of forward() it names, or report it to PyTorch"
+        ) from error
+    for info in (model.graph.input[0], model.graph.output[0]):
+        dims = info.type.tensor_type.shape.dim
+        if not dims:
+            raise ExportError(f"{info.name}: no shape could be inferred; expected (N, …)")
+        got: Batch = dims[0].dim_value if dims[0].HasField("dim_value") else "dynamic"
+        if got != batch:
+            raise ExportError(
+                f"export.batch: {batch} is asked for, and the network fixes the batch of its "
+                f"{info.name} to {got}; look for a reshape or view with a constant first size in "
+                "forward() (use x.flatten(1) or -1), or set export.batch: 1"
+            )
+
+
+def _explain(error: BaseException) -> str:
+    """One message from the exporter's chain of errors: what failed, at which line, what to do."""
+    chain = _chain(error)
+    root = chain[-1]
+    where = next((line for link in reversed(chain) if (line := _user_line(link))), "forward()")
+    kind = type(root).__name__
+    if kind == "DispatchError":
+        return (
+            f"{_operator(root)}: ONNX has no such operator and PyTorch no decomposition for it; "
+            "replace it in forward() by operators of opset 18"
+        )
+    if "DataDependent" in kind or "Unsupported" in kind:
+        return (
+            f"{where}: the control flow depends on the values of a tensor, so it has no fixed "
+            "graph; write it without `if` or `while` on tensors (torch.where keeps both branches)"
+        )
+    said = next((line.strip() for line in str(root).splitlines() if line.strip()), kind)
+    if "constraint" in str(root).lower() and "dynamic" in str(root).lower():
+        return (
+            f"{where}: the network only accepts one batch size ({said[:200]}); make forward() "
+            "independent of it, or set export.batch: 1"
+        )
+    return f"{where}: the network cannot be traced for export ({kind}: {said[:300]})"
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error, what caused it, what caused that, …; outermost first."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    return chain
+
+
+def _operator(root: BaseException) -> str:
+    """`aten.linalg_eig.default` from the dispatcher's message."""
+    text = str(root)
+    name = text.partition("op='")[2].partition("'")[0]
+    overload = text.partition("overload='")[2].partition("'")[0]
+    return f"operator {name}.{overload}" if name else text.splitlines()[0][:200]
+
+
+def _user_line(error: BaseException) -> str | None:
+    """`net.py:7 (if x.sum() > 0:)`, the innermost line that is neither torch's nor ours."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        name = frame.filename
+        own = name.startswith(_PACKAGE) and not _is_zoo(name)
+        if not (own or name.startswith(("<", _TORCH)) or "site-packages" in name):
+            return f"{name}:{frame.lineno} ({frame.line})"
+    return None
+
+
+def _is_zoo(filename: str) -> bool:
+    """Networks that ship with the package are code that is exported, not code that exports."""
+    return Path(filename).parent == Path(_PACKAGE, "models")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing of torch's and onnxscript's talk on the terminal; all of it restored afterwards.
+
+    What goes wrong comes back as an exception; what they warn about is judged by the checker and
+    by parity on real samples.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,213 @@
+"""The command: parse, call, print, exit code. Nothing heavy is imported before it is needed.
+
+Exit codes are those of `errors.py`, plus 1 (gate failed) and 3 (inconclusive), which are results.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import click
+
+from .. import __version__
+from .errors import EdgestillError, Interrupted, RecipeError, UsageError, UserError
+
+if TYPE_CHECKING:
+    from .recipe import GateSpec
+    from .report import Report
+
+# What the operating system says when the user's disk or folder is at fault, not we.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
+
+EXAMPLES = """\b
+Examples:
+  compress run                               the built-in recipe, into out/
+  compress run recipe.yaml -o out/phone      your own
+  compress run cifar10 --set distill.epochs=5
+  compress init --model resnet18 --weights w.pth --data photos/
+  compress gate out/ --policy release.yaml   judge again; the exit code is the verdict
+
+\b
+Exit codes: 0 passed · 1 gate failed · 2 recipe, data or weights wrong · 3 inconclusive ·
+4 measurement invalid · 5 runtime failure · 6 integrity failure · 70 a bug · 130 interrupted
+"""
+
+
+def entry(arguments: Sequence[str]) -> int:
+    """Run the command line `arguments`; returns the exit code. Bugs are raised."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return int(cli.main(list(arguments), prog_name="compress", standalone_mode=False) or 0)
+    except click.exceptions.Exit as request:
+        return request.exit_code
+    except click.ClickException as error:
+        error.show()
+        return UsageError.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        _complain("interrupted; finished stages are kept, the same command goes on from there")
+        return Interrupted.exit_code
+    except EdgestillError as error:
+        _complain(str(error))
+        return error.exit_code
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _complain(f"{where}{error.strerror}; finished stages are kept")
+        return UserError.exit_code
+
+
+@click.group(epilog=EXAMPLES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="edgestill", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Make a small .onnx of a large teacher or a trained net, and prove that it is good enough."""
+
+
+@cli.command()
+@click.argument("recipe", default="digits")
+@click.option(
+    "-o",
+    "--out",
+    default="out",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Output folder; its .edgestill keeps finished stages.",
+)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the recipe, e.g. distill.epochs=5. Repeatable.",
+)
+@click.option("--fresh", is_flag=True, help="Forget stored stages and begin anew.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only the verdict.")
+@click.option("--log-json", is_flag=True, help="Print one JSON object a line, for machines.")
+def run(
+    recipe: str, out: Path, overrides: tuple[str, ...], fresh: bool, quiet: bool, log_json: bool
+) -> int:
+    """Make, prove and publish the model that RECIPE (a file or a shipped name) asks for."""
+    from .recipe_file import load_recipe
+
+    wish = load_recipe(recipe, overrides=overrides)
+
+    from .console import Console
+    from .flow import run as run_flow
+    from .release import MODEL, REJECTED
+
+    with Console(quiet=quiet, log_json=log_json) as console:
+        console.say(f"edgestill {__version__}: {recipe} → {out}")
+        report = run_flow(wish, out, events=console, fresh=fresh)
+    assert report.verdict is not None
+    passed = report.verdict.outcome == "pass"
+    console.verdict(report, where=str(out / (MODEL if passed else REJECTED)))
+    return report.verdict.exit_code
+
+
+@cli.command()
+@click.option("--model", required=True, metavar="M", help="Zoo name, FILE.py:factory or FILE.pt2.")
+@click.option("--weights", type=click.Path(path_type=Path), help="Its trained weights.")
+@click.option(
+    "--data",
+    "data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Image folder, .parquet, or digits.",
+)
+@click.option("--test", type=click.Path(path_type=Path), help="Test set, if apart from --data.")
+@click.option("--size", type=click.IntRange(min=1), help="Side of the network's input, in pixels.")
+@click.option(
+    "-o",
+    "--out",
+    default="recipe.yaml",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="File to write; never overwritten.",
+)
+def init(
+    model: str, weights: Path | None, data: Path, test: Path | None, size: int | None, out: Path
+) -> int:
+    """Write a runnable, commented recipe for the model and data you have."""
+    from .init import write_recipe
+
+    for line in write_recipe(model, weights=weights, data=data, test=test, size=size, out=out):
+        click.echo(line)
+    return 0
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option(
+    "--policy",
+    type=click.Path(path_type=Path),
+    help="YAML of limits; replaces the recipe's gate, never merges with it.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
+def gate(folder: Path, policy: Path | None, as_json: bool) -> int:
+    """Judge the run in FOLDER again; the exit code is the verdict. Renames nothing."""
+    from .gate import judge, unmeasured
+    from .release import read_release
+
+    report = read_release(folder)
+    limits = _policy(report, policy)
+    if problems := unmeasured(report, limits):
+        name = policy.name if policy else "gate"
+        raise RecipeError("\n".join(f"{name}: {problem}" for problem in problems))
+    verdict = judge(report, limits)
+    if as_json:
+        click.echo(json.dumps(verdict.model_dump(mode="json"), indent=1))
+    else:
+        for check in verdict.checks:
+            click.echo(f"{check.outcome.upper():<12} {check.name}: {check.text}")
+        click.echo(f"verdict: {verdict.outcome.upper()} (exit {verdict.exit_code})")
+    return verdict.exit_code
+
+
+@cli.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print report.json instead of Markdown.")
+def report(folder: Path, as_json: bool) -> int:
+    """Print the report of the run in FOLDER, after checking it against its manifest."""
+    from .release import REPORT, read_release
+    from .report import to_markdown
+
+    found = read_release(folder)
+    click.echo((folder / REPORT).read_text("utf-8") if as_json else to_markdown(found), nl=False)
+    return 0
+
+
+@cli.command()
+@click.argument("kind", type=click.Choice(["report", "recipe", "policy"]), default="report")
+def schema(kind: str) -> int:
+    """Print the JSON schema of report.json, of a recipe, or of a gate policy."""
+    from .recipe import GateSpec, Recipe
+    from .report import Report
+
+    models = {"report": Report, "recipe": Recipe, "policy": GateSpec}
+    click.echo(json.dumps(models[kind].model_json_schema(), indent=1))
+    return 0
+
+
+def _policy(report: Report, path: Path | None) -> GateSpec:
+    from .recipe import GateSpec
+    from .recipe_file import read_document, validate
+
+    if path is None:
+        return GateSpec.model_validate(report.recipe["gate"])
+    return validate(GateSpec, read_document(path))
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    """SIGTERM ends a run as cleanly as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(f"error: {text}\n" if text else "error\n")

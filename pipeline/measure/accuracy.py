@@ -1,0 +1,184 @@
+"""Logits of any model on any set, and what they are worth. Deterministic.
+
+Every model sees the same numbers: images go through `data.preprocess.to_input`, in the set's own
+order, whether torch or onnxruntime computes. Nothing here selects, judges or compares models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...exporters.sessions import open_session, run_batches
+from ..data.dataset import ImageSet
+from ..data.preprocess import to_input
+from ..errors import MeasurementError
+from ..recipe import PreprocessSpec
+
+Array = np.ndarray[Any, Any]
+
+_CHUNK = 1024  # images preprocessed at a time, so that a large set never stands in memory as float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model says of each sample; every field is (N,). Probabilities are softmax."""
+
+    prediction: Array  # int64, the class with the largest logit; of equal ones the first
+    p_label: Array  # float32, probability of the true class
+    top1_probability: Array  # float32
+    margin: Array  # float32, top-1 minus top-2 probability
+    correct: Array  # bool
+
+
+def logits_of_module(
+    module: nn.Module,
+    images: ImageSet,
+    preprocess: PreprocessSpec,
+    *,
+    device: str,
+    batch_size: int = 256,
+    dtype: torch.dtype = torch.float32,
+    name: str = "the network",
+) -> Array:
+    """Logits of a torch network in eval mode, (N, C) float32. Its modes are put back.
+
+    Args:
+        dtype: float32, or bfloat16 for autocast.
+        name: what an error calls the network.
+    Raises:
+        MeasurementError: no images, or a logit is NaN or infinite.
+    """
+    autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
+    parts = []
+    with evaluating(module), torch.inference_mode(), autocast:
+        for start in range(0, len(images.labels), batch_size):
+            inputs = to_input(images.images[start : start + batch_size], preprocess)
+            batch = torch.from_numpy(inputs).to(device)
+            if batch.ndim == 4:
+                batch = batch.contiguous(memory_format=torch.channels_last)
+            parts.append(module(batch).float().cpu().numpy())
+    return _checked(parts, name)
+
+
+def logits_of_onnx(
+    path: Path,
+    images: ImageSet,
+    preprocess: PreprocessSpec,
+    *,
+    threads: int,
+    batch_size: int = 64,
+    name: str | None = None,
+) -> Array:
+    """Logits of an ONNX file in onnxruntime, (N, C) float32.
+
+    Args:
+        name: what an error calls the model; None: its path.
+    Raises:
+        MeasurementError: no images, or a logit is NaN or infinite.
+        ExportError, RuntimeFailure: the file cannot be loaded or run.
+    """
+    session = open_session(path, threads=threads)
+    parts = [
+        run_batches(session, to_input(images.images[at : at + _CHUNK], preprocess), batch_size)
+        for at in range(0, len(images.labels), _CHUNK)
+    ]
+    return _checked(parts, name or str(path))
+
+
+def score(logits: Array, labels: Array) -> Scores:
+    """Prediction, probabilities and margin of every sample.
+
+    Args:
+        logits: (N, C), C ≥ 2, finite. labels: int class indices, (N,).
+    """
+    _check_labels(logits, labels)
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    exponents = np.exp(shifted)
+    probabilities = exponents / exponents.sum(axis=1, keepdims=True)
+    top = -np.partition(-probabilities, 1, axis=1)[:, :2]
+    prediction = logits.argmax(axis=1).astype(np.int64)
+    return Scores(
+        prediction=prediction,
+        p_label=probabilities[np.arange(len(labels)), labels].astype(np.float32),
+        top1_probability=top[:, 0].astype(np.float32),
+        margin=(top[:, 0] - top[:, 1]).astype(np.float32),
+        correct=prediction == labels,
+    )
+
+
+def accuracy(logits: Array, labels: Array) -> float:
+    """Fraction of samples whose largest logit is the label's, in [0, 1].
+
+    Raises:
+        MeasurementError: there are no samples.
+    """
+    _check_labels(logits, labels)
+    return float((logits.argmax(axis=1) == labels).mean())
+
+
+def per_class_accuracy(
+    logits: Array, labels: Array, *, class_names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Class name → {"n": samples, "accuracy": fraction, None without samples}."""
+    _check_labels(logits, labels)
+    correct = logits.argmax(axis=1) == labels
+    result = {}
+    for index, name in enumerate(class_names):
+        own = correct[labels == index]
+        result[name] = {"n": len(own), "accuracy": float(own.mean()) if len(own) else None}
+    return result
+
+
+def confusion(logits: Array, labels: Array) -> Array:
+    """Counts, int64 (C, C): row the label, column the prediction."""
+    _check_labels(logits, labels)
+    classes = logits.shape[1]
+    flat = labels.astype(np.int64) * classes + logits.argmax(axis=1)
+    return np.bincount(flat, minlength=classes**2).reshape(classes, classes)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every submodule's own mode put back afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        with suppress(NotImplementedError):  # a loaded .pt2 program has but its export's mode
+            module.eval()
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _checked(parts: list[Array], name: str) -> Array:
+    if not parts:
+        raise MeasurementError(f"{name}: expected images to measure on, got an empty set")
+    logits = np.concatenate(parts).astype(np.float32, copy=False)
+    bad = int((~np.isfinite(logits)).any(axis=1).sum())
+    if bad:
+        raise MeasurementError(
+            f"{name}: expected finite logits, got NaN or infinity for {bad} of {len(logits)} "
+            "images; look at its weights and at the preprocessing's mean and std"
+        )
+    return logits
+
+
+def _check_labels(logits: Array, labels: Array) -> None:
+    if len(labels) == 0:
+        raise MeasurementError("accuracy: expected samples, got none")
+    if logits.ndim != 2 or logits.shape[1] < 2 or len(logits) != len(labels):
+        raise ValueError(
+            f"expected logits (N, C), C ≥ 2, and labels (N,); got {logits.shape}, {labels.shape}"
+        )
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ValueError(
+            f"expected labels in 0..{logits.shape[1] - 1}, got {labels.min()}..{labels.max()}"
+        )

@@ -1,0 +1,184 @@
+"""One child process that times a network: start, ask, bury. Knows the protocol, not the schedule.
+
+The child is `latency_agent.py`; this file starts it, exchanges JSON lines with it under a time
+limit, and turns a death or a silence into a RuntimeFailure that says why. Children never stay
+behind: `running` ends them on every way out, and a child whose parent was killed sees the end of
+its standard input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ..errors import MeasurementError, RuntimeFailure
+
+AGENT = Path(__file__).with_name("latency_agent.py")
+
+ANSWER_SECONDS = 120.0  # longest silence; blocks are bounded to seconds, imports and loads are not
+CLOSE_SECONDS = 5.0
+LAST_LINES = 12  # of standard error, in the message about a death
+
+# OpenMP workers of torch would spin between blocks and take the CPU from the next network.
+TORCH_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+
+SIGNALS = {
+    "SIGILL": "illegal instruction: this {runtime} wheel needs CPU features the machine lacks; "
+    "install another release of it",
+    "SIGKILL": "killed from outside, most often because memory ran out; free some or time a "
+    "smaller network",
+    "SIGSEGV": "invalid memory access inside {runtime}; install another release of it",
+    "SIGBUS": "invalid memory access, or a model file that shrank or a disk that failed",
+    "SIGABRT": "{runtime} gave up",
+}
+
+
+@dataclass(frozen=True)
+class Child:
+    """A running agent, and for whom it runs (`who` opens every message about it)."""
+
+    process: subprocess.Popen[bytes]
+    stderr: IO[bytes]
+    who: str
+    runtime: str
+    pending: bytearray  # of an answer that has not ended yet
+
+    def ask(self, do: str, **fields: Any) -> dict[str, Any]:
+        """Sends one command and waits for its answer."""
+        self.send(do, **fields)
+        return self.receive(do)
+
+    def send(self, do: str, **fields: Any) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps({"do": do, **fields}).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise self._death(do) from None
+
+    def receive(self, do: str) -> dict[str, Any]:
+        """The answer to `do`.
+
+        Raises: RuntimeFailure if the child died, fell silent for ANSWER_SECONDS or answered
+        something else; MeasurementError if its threads went on computing after the answer.
+        """
+        line = self._line(do)
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict) or answer.get("did") != do:
+            raise RuntimeFailure(
+                f"{self.who}: expected the answer to `{do}`, got {line[:200]!r}; "
+                f"the measuring process and its driver are of different versions"
+            )
+        if answer.get("quiet") is False:
+            raise MeasurementError(
+                f"{self.who}: after `{do}` its threads kept the CPU busy for "
+                f"{answer['quiet_seconds']:.0f} s, expected idle: the other networks' timings "
+                f"would be wrong. Report the {self.runtime} version"
+            )
+        return answer
+
+    def _line(self, do: str) -> bytes:
+        assert self.process.stdout is not None
+        deadline = time.monotonic() + ANSWER_SECONDS
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            while b"\n" not in self.pending:
+                if not selector.select(max(deadline - time.monotonic(), 0.0)):
+                    raise RuntimeFailure(
+                        f"{self.who}: no answer to `{do}` within {ANSWER_SECONDS:.0f} s; the "
+                        f"measuring process hung and was ended{self._last_words()}"
+                    )
+                piece = os.read(self.process.stdout.fileno(), 1 << 16)
+                if not piece:
+                    raise self._death(do)
+                self.pending.extend(piece)
+        line, _, rest = bytes(self.pending).partition(b"\n")
+        self.pending[:] = rest
+        return line
+
+    def _death(self, do: str) -> RuntimeFailure:
+        try:
+            code = self.process.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return RuntimeFailure(f"{self.who}: closed its output during `{do}` yet runs on")
+        return RuntimeFailure(
+            f"{self.who}: the measuring process died during `{do}` "
+            f"({explain_exit(code, runtime=self.runtime)}){self._last_words()}"
+        )
+
+    def _last_words(self) -> str:
+        self.stderr.seek(0)
+        lines = self.stderr.read().decode("utf-8", "replace").splitlines()[-LAST_LINES:]
+        return ". Its last words:" + "".join(f"\n  {line}" for line in lines) if lines else ""
+
+
+def explain_exit(code: int, *, runtime: str) -> str:
+    """What a child's exit status means: `SIGILL, illegal instruction: …` or `exit status 1`."""
+    if code >= 0:
+        return f"exit status {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # a real-time signal has a number only
+        return f"signal {-code}"
+    meaning = SIGNALS.get(name)
+    return f"{name}, {meaning.format(runtime=runtime)}" if meaning else name
+
+
+@contextmanager
+def running(rows: Sequence[tuple[str, str]]) -> Iterator[list[Child]]:
+    """One fresh child per (who, kind), runtimes imported, side by side; all ended on the way out.
+
+    Importing torch takes a second of CPU, so the children start together; what is timed later
+    never runs together.
+    """
+    with ExitStack() as stack:
+        children = [stack.enter_context(_child(who, kind)) for who, kind in rows]
+        for child, (_, kind) in zip(children, rows, strict=True):
+            child.send("start", kind=kind)
+        for child in children:
+            child.receive("start")
+        yield children
+
+
+@contextmanager
+def _child(who: str, kind: str) -> Iterator[Child]:
+    extra: Mapping[str, str] = TORCH_ENVIRONMENT if kind == "torch" else {}
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(
+            # -P: the agent's folder must not shadow the modules that it imports
+            [sys.executable, "-P", str(AGENT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env={**os.environ, **extra},
+        )
+        try:
+            runtime = "torch" if kind == "torch" else "onnxruntime"
+            yield Child(process, stderr, who, runtime, bytearray())
+        finally:
+            process.kill()  # it holds nothing worth a farewell
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    _close(pipe)
+
+
+def _close(pipe: IO[bytes]) -> None:
+    try:
+        pipe.close()
+    except BrokenPipeError:
+        pass  # closing flushes what the dead child did not read
