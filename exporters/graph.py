@@ -6,6 +6,7 @@ Terms follow the ONNX IR specification (onnx/docs/IR.md).
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -150,6 +151,46 @@ def batch_size(model: ModelProto) -> int | None:
     """The fixed first dimension of the first input, or None where it is free."""
     dim = model.graph.input[0].type.tensor_type.shape.dim
     return int(dim[0].dim_value) or None if dim else None
+
+
+def sort_nodes(model: ModelProto) -> None:
+    """Puts the main graph's nodes, in place, into an order where each comes after its inputs.
+
+    The given order is kept wherever it may be, so the result depends on nothing else.
+    """
+    missing = {
+        index: {name for name in node.input if name} | _captured(node)
+        for index, node in enumerate(model.graph.node)
+    }
+    written = {name for node in model.graph.node for name in node.output}
+    waiting: dict[str, list[int]] = {}
+    for index, names in missing.items():
+        names &= written
+        for name in names:
+            waiting.setdefault(name, []).append(index)
+    ready = [index for index, names in missing.items() if not names]
+    order: list[int] = []
+    while ready:
+        index = heapq.heappop(ready)
+        order.append(index)
+        for name in model.graph.node[index].output:
+            for reader in waiting.get(name, ()):
+                missing[reader].discard(name)
+                if not missing[reader]:
+                    heapq.heappush(ready, reader)
+    if len(order) != len(model.graph.node):
+        raise ExportError("the graph has a cycle; it was not written by a conforming exporter")
+    nodes = [NodeProto.FromString(model.graph.node[i].SerializeToString()) for i in order]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _captured(node: NodeProto) -> set[str]:
+    """Values that the graphs inside a node's attributes may read from around them."""
+    inner = [n for graph in _subgraphs(node) for n in graph.node]
+    return {name for n in inner for name in n.input if name} | {
+        name for n in inner for name in _captured(n)
+    }
 
 
 def drop_unused_initializers(model: ModelProto) -> None:

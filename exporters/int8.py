@@ -10,14 +10,10 @@ Does not choose calibration samples and does not measure accuracy.
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import onnx
@@ -40,7 +36,9 @@ from .graph import (
     drop_unused_initializers,
     is_quantized,
     producers,
+    sort_nodes,
 )
+from .quiet import quiet
 from .rewrites import name_nodes
 from .sessions import open_session, pad_batch
 from .stamp import strip, write_model
@@ -61,6 +59,14 @@ QUANTIZED_OP_TYPES = (
 )  # fmt: skip
 # Int8 file against its estimate: names are not counted, so only rounding is left over.
 BYTES_SLACK = 1.02
+
+
+class Samples(Protocol):
+    """Calibration samples, (N, C, H, W) float32: an array, or what makes one slice at a time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Array: ...
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def encoding_for(targets: tuple[Target, ...]) -> Encoding:
 
 def quantize(
     model: ModelProto,
-    samples: Array,
+    samples: Samples,
     *,
     encoding: Encoding,
     calibrator: Calibrator,
@@ -112,8 +118,8 @@ def quantize(
 
     Args:
         model: float, its BatchNormalization folded (see simplify.py).
-        samples: float32, (N, C, H, W), real, from the training set; read in steps of 16, so that
-            memory does not grow with N. May be a memory map.
+        samples: float32, (N, C, H, W), real, from the training set; sliced in steps of 16, so that
+            memory does not grow with N.
 
     Raises:
         ExportError: quantized already, BatchNormalization left, nothing to quantize, no samples,
@@ -123,7 +129,7 @@ def quantize(
     _refuse_unfit(model, samples)
     floating = onnx.shape_inference.infer_shapes(model)
     name_nodes(floating)
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
+    with quiet(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "float.onnx")
         write_model(floating, path)
         ranges = calibrate(path, samples, calibrator=calibrator, threads=threads)
@@ -145,12 +151,13 @@ def quantize(
     _free_logits(result)
     drop_unused_initializers(result)
     _sort_initializers(result)
+    sort_nodes(result)  # onnxruntime appends Q and DQ at the end
     del result.graph.value_info[:]  # some describe values that are gone
     result = strip(onnx.shape_inference.infer_shapes(result))
     return Quantized(result, check_int8(floating, result))
 
 
-def calibrate(path: Path, samples: Array, *, calibrator: Calibrator, threads: int) -> TensorsData:
+def calibrate(path: Path, samples: Samples, *, calibrator: Calibrator, threads: int) -> TensorsData:
     """Range of every float activation, from real samples.
 
     `percentile` keeps the values of one step at a time and merges histograms; left to itself
@@ -231,7 +238,7 @@ class _Once:
         return feed
 
 
-def _refuse_unfit(model: ModelProto, samples: Array) -> None:
+def _refuse_unfit(model: ModelProto, samples: Samples) -> None:
     if is_quantized(model):
         raise ExportError(
             "the model is quantized already (it has QuantizeLinear or DequantizeLinear nodes); "
@@ -262,7 +269,7 @@ def _check_ranges(ranges: TensorsData) -> None:
 
 
 def _kept_float(model: ModelProto) -> list[str]:
-    """Adds of a constant: what a BatchNormalization became. One scale for all channels fits badly."""
+    """Adds of a constant: a folded BatchNormalization, for which one scale would be coarse."""
     constants = arrays(model)
     return [
         node.name
@@ -337,16 +344,3 @@ def _check_bytes(floating: ModelProto, counts: dict[str, int], channels: int) ->
             f"{expected:,.0f} (float: {counts['float_initializer_bytes']:,}); a weight is stored "
             "twice or as float. Leave out `quantize:` to ship the float model, or report this graph"
         )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """onnxruntime.quantization logs through the root logger; nothing of it is for users."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -79,7 +79,7 @@ def fold_batchnorm(model: ModelProto) -> ModelProto:
 
 
 def pool_means(model: ModelProto) -> ModelProto:
-    """ReduceMean over the last two of four axes → GlobalAveragePool, and Flatten if it drops them."""
+    """ReduceMean over the last two of four axes → GlobalAveragePool, Flatten if it drops them."""
     result = _copy(model)
     constants = arrays(result)
     nodes: list[NodeProto] = []

@@ -8,30 +8,27 @@ needs it is an error that names the operator or the line.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import tempfile
 import traceback
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..pipeline.errors import ExportError
+from .quiet import quiet
+from .reference import evaluating
 from .stamp import OPSET, strip, write_model
 
 Batch = Literal["dynamic"] | int
 
 INPUT, OUTPUT, BATCH_AXIS = "input", "logits", "N"
-_TORCH = str(Path(torch.__file__).parent)
-_PACKAGE = str(Path(__file__).resolve().parent.parent)
+_HERE = Path(__file__).resolve().parent
+# Folders whose lines say nothing about the user's network.
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(_HERE), str(_HERE.parent / "pipeline"))
 
 
 def export_onnx(
@@ -58,37 +55,6 @@ def export_onnx(
         model = _from_module(network, example, batch)
     _check(model, batch)
     write_model(strip(model), path)
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """The module in eval mode; every submodule's own mode afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    for part, _ in modes:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
-def run_module(
-    module: nn.Module, inputs: np.ndarray[Any, Any], *, dtype: torch.dtype, batch_size: int
-) -> np.ndarray[Any, Any]:
-    """Logits of a module that already has parameters of `dtype`, on the CPU, (N, classes).
-
-    The last batch is filled up by repeating its last sample, so that a program with a fixed batch
-    can be run too.
-    """
-    outputs = []
-    with torch.no_grad():
-        for start in range(0, len(inputs), batch_size):
-            batch = torch.from_numpy(np.ascontiguousarray(inputs[start : start + batch_size]))
-            missing = batch_size - len(batch)
-            full = torch.cat([batch, batch[-1:].expand(missing, *batch.shape[1:])])
-            outputs.append(module(full.to(dtype))[: len(batch)].numpy())
-    return np.concatenate(outputs)
 
 
 def program_batch(program: ExportedProgram) -> int | None:
@@ -130,7 +96,7 @@ def _export(
     network: nn.Module | ExportedProgram, args: tuple[Tensor] | None, dynamic_shapes: Any
 ) -> onnx.ModelProto:
     try:
-        with _quiet(), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        with quiet(), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             program = torch.onnx.export(
                 network,
                 args or (),
@@ -231,34 +197,7 @@ def _operator(root: BaseException) -> str:
 def _user_line(error: BaseException) -> str | None:
     """`net.py:7 (if x.sum() > 0:)`, the innermost line that is neither torch's nor ours."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        name = frame.filename
-        own = name.startswith(_PACKAGE) and not _is_zoo(name)
-        if not (own or name.startswith(("<", _TORCH)) or "site-packages" in name):
-            return f"{name}:{frame.lineno} ({frame.line})"
+        foreign = frame.filename.startswith(("<", *_NOT_THE_USERS))
+        if not foreign and "site-packages" not in frame.filename:
+            return f"{frame.filename}:{frame.lineno} ({frame.line})"
     return None
-
-
-def _is_zoo(filename: str) -> bool:
-    """Networks that ship with the package are code that is exported, not code that exports."""
-    return Path(filename).parent == Path(_PACKAGE, "models")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Nothing of torch's and onnxscript's talk on the terminal; all of it restored afterwards.
-
-    What goes wrong comes back as an exception; what they warn about is judged by the checker and
-    by parity on real samples.
-    """
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,7 +16,6 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 from .report import Report, summary_rows
-from .stage import Artifact
 
 PLAIN_INTERVAL_S = 10.0  # a log reader wants a sign of life, not a flood
 
@@ -34,6 +32,7 @@ class Console:
         self._stage = ""
         self._since = 0.0
         self._last_line = 0.0
+        self._last_note = ""  # what the running stage said last stays behind it when it is done
 
     def __enter__(self) -> Self:
         if self._out.is_terminal and not self._quiet and not self._json:
@@ -61,19 +60,20 @@ class Console:
 
     def started(self, stage: str) -> None:
         self._stage, self._since = stage, time.monotonic()
-        self._last_line = self._since
+        self._last_line, self._last_note = self._since, ""
         self.record("stage-started")
         if self._live is not None:
             for task in self._live.task_ids:
                 self._live.remove_task(task)
             self._live.add_task(stage, total=None, note="")
 
-    def finished(self, artifact: Artifact) -> None:
-        self.record("stage-finished", recalled=artifact.recalled, seconds=artifact.seconds)
-        state = "recalled" if artifact.recalled else f"{artifact.seconds:6.1f} s"
-        self._say(f"  {artifact.stage:<16} {state:>9}  {_headline(artifact)}".rstrip())
+    def finished(self, stage: str, *, seconds: float, recalled: bool) -> None:
+        self.record("stage-finished", recalled=recalled, seconds=seconds)
+        took = "recalled" if recalled else f"{seconds:.1f} s"
+        self._say(f"  {stage:<16} {took:>9}{self._last_note}")
 
     def progress(self, done: float, total: float, note: str = "") -> None:
+        self._last_note = f"  {note}" if note else self._last_note
         if self._live is not None:
             for task in self._live.task_ids:
                 self._live.update(task, completed=done, total=total, note=note)
@@ -138,11 +138,3 @@ def _table(report: Report) -> Table:
     for row in summary_rows(report):
         table.add_row(*row.values())
     return table
-
-
-def _headline(artifact: Artifact) -> str:
-    say = _HEADLINES.get(artifact.stage)
-    return "" if say is None else say(artifact.measurements)
-
-
-_HEADLINES: dict[str, Callable[[Any], str]] = {}

@@ -23,8 +23,8 @@ class Events(Protocol):
     def started(self, stage: str) -> None:
         """The stage begins; progress, notes and records that follow are its own."""
 
-    def finished(self, artifact: Artifact) -> None:
-        """The stage is committed, or was recalled."""
+    def finished(self, stage: str, *, seconds: float, recalled: bool) -> None:
+        """The stage is done, in `seconds`, or was recalled (`seconds` are then of that time)."""
 
     def progress(self, done: float, total: float, note: str = "") -> None:
         """`done` of `total` units of the running stage; `note` is a short live figure."""
@@ -46,8 +46,8 @@ class Noting:
     def started(self, stage: str) -> None:
         self._events.started(stage)
 
-    def finished(self, artifact: Artifact) -> None:
-        self._events.finished(artifact)
+    def finished(self, stage: str, *, seconds: float, recalled: bool) -> None:
+        self._events.finished(stage, seconds=seconds, recalled=recalled)
 
     def progress(self, done: float, total: float, note: str = "") -> None:
         self._events.progress(done, total, note)
@@ -67,7 +67,7 @@ class Silent:
     def started(self, stage: str) -> None:
         pass
 
-    def finished(self, artifact: Artifact) -> None:
+    def finished(self, stage: str, *, seconds: float, recalled: bool) -> None:
         pass
 
     def progress(self, done: float, total: float, note: str = "") -> None:

@@ -8,6 +8,7 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import yaml
 
 from .. import __version__
+from ..exporters.sessions import open_session, run_batches
 from ..models.source import open_network
 from ..models.weights import load_weights, read_state
 from . import release
@@ -36,7 +38,7 @@ from .measure.machine import available_threads, cpu_capability, describe_machine
 from .quantize.ptq import quantize_static
 from .recipe import NetworkSpec, Recipe
 from .report import LatencyRecord, Report, Role, SpeedupRecord, StageRecord, to_markdown
-from .stage import Artifact, Events
+from .stage import Artifact, Events, Noting
 from .verify.evidence import gather
 from .workspace import Workspace, file_sha256, tree_sha256
 
@@ -243,18 +245,22 @@ class Latency:
 
 def measure_latency(work: Work, data: Artifact, models: Models) -> Latency:
     """Every model in turns, always fresh: a time that is gated is never recalled."""
-    spec, events = work.recipe.profile, work.workspace.events
+    spec, events = work.recipe.profile, Noting(work.workspace.events)
     assert spec is not None
     events.started("latency")
+    begun = time.monotonic()
     opened = _open(work, data)
     inputs = to_input(opened.test.images[:LATENCY_INPUTS], opened.preprocess)
-    rows = [Row("float", "onnx", models.floating.path / "model.onnx")]
-    rows.append(Row("student", "torch", models.student.path))
-    if models.is_quantized:
-        rows.append(Row("int8", "onnx", models.deployed.path / "model.onnx"))
+    onnx = {"float": models.floating} | ({"int8": models.deployed} if models.is_quantized else {})
+    torch_nets = {"student": models.student}
     if models.teacher is not None and models.teacher_onnx is not None:
-        rows.insert(0, Row("teacher-onnx", "onnx", models.teacher_onnx.path / "model.onnx"))
-        rows.append(Row("teacher", "torch", models.teacher.path))
+        onnx = {"teacher-onnx": models.teacher_onnx} | onnx
+        torch_nets |= {"teacher": models.teacher}
+    rows = [
+        Row(name, "onnx", path := artifact.path / "model.onnx", _answers(path, inputs))
+        for name, artifact in onnx.items()
+    ]
+    rows += [Row(name, "torch", artifact.path) for name, artifact in torch_nets.items()]
     measured = measure(
         rows,
         inputs,
@@ -268,7 +274,14 @@ def measure_latency(work: Work, data: Artifact, models: Models) -> Latency:
     deployed = models.deployed_role
     at_one = {row["name"]: row for row in measured if row["threads"] == 1}
     ratio = speedup(at_one[reference], at_one[deployed])
+    work.notes += events.notes
+    events.finished("latency", seconds=time.monotonic() - begun, recalled=False)
     return Latency(records, SpeedupRecord(reference=reference, candidate=deployed, **ratio))
+
+
+def _answers(path: Path, inputs: Any) -> Any:
+    """What the model answers untimed: a fast wrong answer is no result."""
+    return run_batches(open_session(path, threads=1), inputs, len(inputs))
 
 
 def write_report(

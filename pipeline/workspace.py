@@ -63,7 +63,7 @@ class Workspace:
         if recalled is not None:
             for note in recalled.notes:
                 self.events.note(note)
-            self.events.finished(recalled)
+            self.events.finished(name, seconds=recalled.seconds, recalled=True)
             return recalled
         scratch = self.root / "scratch" / name / key
         _drop_other_scratch(scratch)
@@ -73,7 +73,7 @@ class Workspace:
         start = time.monotonic()
         outcome = {"measurements": work(context), "notes": events.notes}
         artifact = _commit(scratch, home, name, outcome, seconds=time.monotonic() - start)
-        self.events.finished(artifact)
+        self.events.finished(name, seconds=artifact.seconds, recalled=False)
         return artifact
 
     def key(self, name: str, reads: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -27,8 +27,9 @@ from ..errors import MeasurementError, RuntimeFailure
 AGENT = Path(__file__).with_name("latency_agent.py")
 
 ANSWER_SECONDS = 120.0  # longest silence; blocks are bounded to seconds, imports and loads are not
-CLOSE_SECONDS = 5.0
+EXIT_SECONDS = 5.0  # from closing its output to being gone
 LAST_LINES = 12  # of standard error, in the message about a death
+LAST_BYTES = 8192
 
 # OpenMP workers of torch would spin between blocks and take the CPU from the next network.
 TORCH_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
@@ -52,6 +53,7 @@ class Child:
     stderr: IO[bytes]
     who: str
     runtime: str
+    facts: dict[str, Any]  # its answer to `start`: runtime, versions, pid
     pending: bytearray  # of an answer that has not ended yet
 
     def ask(self, do: str, **fields: Any) -> dict[str, Any]:
@@ -99,7 +101,7 @@ class Child:
             while b"\n" not in self.pending:
                 if not selector.select(max(deadline - time.monotonic(), 0.0)):
                     raise RuntimeFailure(
-                        f"{self.who}: no answer to `{do}` within {ANSWER_SECONDS:.0f} s; the "
+                        f"{self.who}: no answer to `{do}` within {ANSWER_SECONDS:g} s; the "
                         f"measuring process hung and was ended{self._last_words()}"
                     )
                 piece = os.read(self.process.stdout.fileno(), 1 << 16)
@@ -112,7 +114,7 @@ class Child:
 
     def _death(self, do: str) -> RuntimeFailure:
         try:
-            code = self.process.wait(CLOSE_SECONDS)
+            code = self.process.wait(EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             return RuntimeFailure(f"{self.who}: closed its output during `{do}` yet runs on")
         return RuntimeFailure(
@@ -121,8 +123,11 @@ class Child:
         )
 
     def _last_words(self) -> str:
-        self.stderr.seek(0)
-        lines = self.stderr.read().decode("utf-8", "replace").splitlines()[-LAST_LINES:]
+        # pread: the child writes through the same file position, which must not move
+        descriptor = self.stderr.fileno()
+        start = max(os.fstat(descriptor).st_size - LAST_BYTES, 0)
+        text = os.pread(descriptor, LAST_BYTES, start).decode("utf-8", "replace")
+        lines = text.splitlines()[-LAST_LINES:]
         return ". Its last words:" + "".join(f"\n  {line}" for line in lines) if lines else ""
 
 
@@ -150,7 +155,7 @@ def running(rows: Sequence[tuple[str, str]]) -> Iterator[list[Child]]:
         for child, (_, kind) in zip(children, rows, strict=True):
             child.send("start", kind=kind)
         for child in children:
-            child.receive("start")
+            child.facts.update(child.receive("start"))
         yield children
 
 
@@ -168,17 +173,12 @@ def _child(who: str, kind: str) -> Iterator[Child]:
         )
         try:
             runtime = "torch" if kind == "torch" else "onnxruntime"
-            yield Child(process, stderr, who, runtime, bytearray())
+            yield Child(process, stderr, who, runtime, {}, bytearray())
         finally:
             process.kill()  # it holds nothing worth a farewell
             process.wait()
             for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    _close(pipe)
-
-
-def _close(pipe: IO[bytes]) -> None:
-    try:
-        pipe.close()
-    except BrokenPipeError:
-        pass  # closing flushes what the dead child did not read
+                # closing flushes what a dead child did not read
+                with suppress(BrokenPipeError):
+                    if pipe is not None:
+                        pipe.close()

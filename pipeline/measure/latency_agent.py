@@ -3,7 +3,7 @@
 Runs as `python latency_agent.py`, on this machine or copied to a board, and obeys JSON lines:
 
     {"do": "start", "kind": "onnx"}                      imports the runtime
-    {"do": "open", "path", "inputs", "threads"}          loads one network, runs it once
+    {"do": "open", "path", "inputs", "threads", "batch"} loads one network, runs it once
     {"do": "outputs"}                                    logits of every input, and their sha256
     {"do": "warm", "least", "seconds"}                   runs until steady
     {"do": "run", "runs", "least", "seconds"}            the timed block: raw nanoseconds
@@ -15,10 +15,10 @@ middle of a hung inference, so it never outlives who started it. A failure is a 
 standard error and a non-zero exit; judging the figures is the driver's work (`latency.py`).
 
 What is timed is `session.run` alone (perf_counter_ns on either side), at the batch the graph
-fixes, else 1, over rotating inputs. ONNX: CPU provider, all optimisations, sequential, inter 1,
-intra = threads; everything else, spinning included, as onnxruntime ships it. Torch rows need the
-installed edgestill to rebuild a stored network: eval, inference_mode, contiguous NCHW,
-torch.set_num_threads(threads).
+fixes, else the one asked for, over rotating inputs. ONNX: CPU provider, all optimisations,
+sequential, inter 1, intra = threads; everything else, spinning included, as onnxruntime ships it.
+Torch rows need the installed edgestill to rebuild a stored network: eval, inference_mode,
+contiguous NCHW, torch.set_num_threads(threads).
 
 Before it answers a block it waits until its own threads have stopped spinning, so that an idle
 process costs the next one nothing. onnxruntime's workers spin on after a run: 36 ms on a 2-core
@@ -58,7 +58,7 @@ class Opened(NamedTuple):
 
     call: Callable[[Any], Any]
     feeds: list[Any]
-    count: int  # inputs in all feeds, without the repeated ones that fill the last batch
+    images: int  # in all feeds, without the repeated ones that fill the last batch
     facts: dict[str, Any]
 
 
@@ -72,20 +72,23 @@ class Agent:
 
     def start(self, kind: str) -> dict[str, Any]:
         self.kind = kind
-        names = {"onnx": ["onnxruntime"], "torch": ["torch", "edgestill.models.store"]}[kind]
-        library = [importlib.import_module(name) for name in names][0]
+        name = {"onnx": "onnxruntime", "torch": "torch"}[kind]
+        library = importlib.import_module(name)
+        if kind == "torch":
+            importlib.import_module("edgestill.models.store")  # so that opening does not pay for it
         return {
-            "runtime": names[0],
+            "runtime": name,
             "runtime_version": library.__version__,
             "python": platform.python_version(),
             "pid": os.getpid(),
         }
 
-    def open(self, path: str, inputs: str, threads: int) -> dict[str, Any]:
+    def open(self, path: str, inputs: str, threads: int, batch: int = 1) -> dict[str, Any]:
         _forget_peak_rss()
         images = np.load(inputs, allow_pickle=False)
         begin = time.perf_counter_ns()
-        opened = (_open_onnx if self.kind == "onnx" else _open_torch)(path, images, threads)
+        opener = _open_onnx if self.kind == "onnx" else _open_torch
+        opened = opener(path, images, threads, batch)
         loaded = time.perf_counter_ns()
         opened.call(opened.feeds[0])
         ran = time.perf_counter_ns()
@@ -100,7 +103,7 @@ class Agent:
     def outputs(self) -> dict[str, Any]:
         opened = self._network()
         batches = [np.asarray(opened.call(feed), dtype=np.float32) for feed in opened.feeds]
-        logits = np.ascontiguousarray(np.concatenate(batches)[: opened.count])
+        logits = np.ascontiguousarray(np.concatenate(batches)[: opened.images])
         raw = logits.astype("<f4").tobytes()
         return {
             "shape": list(logits.shape),
@@ -166,7 +169,7 @@ class Agent:
         return durations
 
 
-def _open_onnx(path: str, images: np.ndarray, threads: int) -> Opened:
+def _open_onnx(path: str, images: np.ndarray, threads: int, batch: int) -> Opened:
     ort = importlib.import_module("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -177,7 +180,7 @@ def _open_onnx(path: str, images: np.ndarray, threads: int) -> Opened:
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     load_ns = time.perf_counter_ns() - begin
     entry = session.get_inputs()[0]
-    batch = entry.shape[0] if isinstance(entry.shape[0], int) else 1
+    batch = entry.shape[0] if isinstance(entry.shape[0], int) else batch
     feeds = [{entry.name: images_of_feed} for images_of_feed in _batches(images, batch)]
     outputs = [session.get_outputs()[0].name]
 
@@ -200,7 +203,7 @@ def _open_onnx(path: str, images: np.ndarray, threads: int) -> Opened:
     return Opened(call, feeds, len(images), facts)
 
 
-def _open_torch(path: str, images: np.ndarray, threads: int) -> Opened:
+def _open_torch(path: str, images: np.ndarray, threads: int, batch: int) -> Opened:
     torch = importlib.import_module("torch")
     store = importlib.import_module("edgestill.models.store")
     path_type = importlib.import_module("pathlib").Path
@@ -211,7 +214,7 @@ def _open_torch(path: str, images: np.ndarray, threads: int) -> Opened:
     module = network.module
     if network.trainable:  # an exported program has its mode baked in and refuses eval()
         module.eval()
-    feeds = [torch.from_numpy(images_of_feed) for images_of_feed in _batches(images, 1)]
+    feeds = [torch.from_numpy(images_of_feed) for images_of_feed in _batches(images, batch)]
 
     def call(feed: Any) -> Any:
         with torch.inference_mode():
@@ -219,7 +222,7 @@ def _open_torch(path: str, images: np.ndarray, threads: int) -> Opened:
 
     facts = {
         "load_ns": load_ns,
-        "batch": 1,
+        "batch": batch,
         "input_shape": [None, *images.shape[1:]],
         "settings": {
             "intra_threads": threads,
@@ -286,7 +289,7 @@ def _listen(commands: queue.Queue[bytes]) -> None:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # from here on, prints of libraries, C code included, go to standard error
+    pass
     commands: queue.Queue[bytes] = queue.Queue()
     threading.Thread(target=_listen, args=(commands,), daemon=True).start()
     agent = Agent()

@@ -38,14 +38,14 @@ def summarize(launches: Sequence[Sequence[int]]) -> dict[str, Any]:
 
     Returns: times in ms (JSON keys as in `latency.measure_latency`). `mad_ms` is the median
     absolute deviation, not scaled; `cv` the standard deviation over the mean, of all runs;
-    `launch_p50_ms` the smallest and largest launch median; `p50_ci95` is None with one launch.
+    `launch_p50_ms` the smallest and largest launch median.
     """
     arrays = [np.asarray(launch, dtype=np.float64) / 1e6 for launch in launches]
     pooled = np.sort(np.concatenate(arrays))
     medians = np.array([np.median(array) for array in arrays])
     return {
         "p50_ms": float(np.exp(np.log(medians).mean())),
-        "p50_ci95": _interval(log_p50(arrays), len(arrays), np.log(medians).mean()),
+        "p50_ci95_ms": _interval(log_p50(arrays), len(arrays), np.log(medians).mean()),
         "min_ms": float(pooled[0]),
         **{name: tail_bound(pooled, share) for name, share in TAILS.items()},
         "mad_ms": float(np.median(np.abs(pooled - np.median(pooled)))),
@@ -62,7 +62,7 @@ def ratio_of(
     """reference p50 / candidate p50 (above 1: the candidate is faster), paired by launch.
 
     A launch measures both in turns, so what slows the machine down during one launch slows both
-    and drops out. Returns {"ratio", "ci95": [low, high] or None with one launch, "launches"}.
+    and drops out. Returns {"ratio", "ci95": [low, high]}.
     """
     assert len(reference) == len(candidate), "pairing needs the same launches"
     pairs = [[np.asarray(launch, dtype=np.float64) for launch in s] for s in (reference, candidate)]
@@ -73,7 +73,6 @@ def ratio_of(
     return {
         "ratio": float(np.exp(centre)),
         "ci95": _interval(draws, len(reference), centre),
-        "launches": len(reference),
     }
 
 
@@ -111,9 +110,8 @@ def tail_bound(ordered: Array, share: float) -> float | None:
     return float(ordered[-count]) if count else None
 
 
-def _interval(draws: Array, launches: int, centre: float) -> list[float] | None:
-    if launches < 2:
-        return None  # how far launches differ is then unknown
+def _interval(draws: Array, launches: int, centre: float) -> list[float]:
+    assert launches >= 2, "how far launches differ is unknown from one"
     from scipy.special import stdtrit
 
     quantile = float(stdtrit(launches - 1, 0.975))

@@ -64,7 +64,7 @@ def describe_machine() -> dict[str, Any]:
     """
     blocks = _cpu_blocks()
     return {
-        "cpu": _cpu_model(blocks),
+        "cpu_model": _cpu_model(blocks),
         "board": _text("proc/device-tree/model"),
         "arch": platform.machine(),
         "logical_cpus": os.cpu_count(),
@@ -82,7 +82,7 @@ def describe_machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "libc": " ".join(platform.libc_ver()).strip() or None,
         "python": platform.python_version(),
-        "libraries": {name: _version(name) for name in LIBRARIES},
+        "versions": {name: _version(name) for name in LIBRARIES},
     }
 
 
@@ -160,9 +160,7 @@ def _darwin_features() -> set[str]:
     if platform.system() != "Darwin":
         return set()
     arm = {name for name, key in _DARWIN_ARM.items() if _sysctl(key) == "1"}
-    listed = " ".join(
-        _sysctl(f"machdep.cpu.{key}") or "" for key in ("features", "leaf7_features")
-    )
+    listed = " ".join(_sysctl(f"machdep.cpu.{key}") or "" for key in ("features", "leaf7_features"))
     return arm | {_DARWIN_INTEL.get(word, word) for word in listed.lower().split()}
 
 

@@ -23,11 +23,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, MeasurementError, RecipeError
+from ..errors import DataError, RecipeError
 from ..recipe import TrainSpec
 from ..stage import Context
 from .average import Average, assign, copy_of, tensors_of
 from .checkpoint import digest, load_checkpoint, save_checkpoint
+from .meter import Meter
 from .optimizer import build_optimizer, set_lr
 from .precision import Precision, choose_precision
 from .reproducible import derive_seed, reproducible
@@ -197,32 +198,31 @@ def _epoch(run: _Run, task: Task[Batch], spec: TrainSpec, *, context: Context, e
     torch.manual_seed(derive_seed(context.seed, "layers", epoch))  # dropout and the like
     run.module.train()
     order = epoch_order(task.samples, seed=context.seed, epoch=epoch)
-    names = tuple(task.weights)
-    totals = torch.zeros(len(names), dtype=torch.float64, device=context.device)
-    done, told = epoch * len(run.batches), time.monotonic()
-    for position, indices in enumerate(order.split(run.batches)):
-        step = done + position
+    meter = Meter(tuple(task.weights), device=context.device)
+    done, total = epoch * len(run.batches), spec.epochs * len(run.batches)
+    told = time.monotonic()
+    for step, indices in enumerate(torch.split(order, run.batches), start=done):
         factor = lr_factor(spec, step=step, steps_per_epoch=len(run.batches))
         set_lr(run.optimizer, peak_lr(spec) * factor)
-        batch = task.load(indices, epoch)
-        totals += _step(run, task, spec, batch=batch, context=context) * len(indices)
+        terms = _step(run, task, spec, batch=task.load(indices, epoch), context=context)
+        meter.add(terms, samples=len(indices), step=step)
         if run.average is not None:
             run.average.update(step=step)
-        if (position + 1) % CHECK_STEPS == 0:
-            _check_finite(names, totals, epoch=epoch, spec=spec)
+        if (step + 1 - done) % CHECK_STEPS == 0:
+            meter.check(epoch=epoch, advice=_advice(spec))
         if time.monotonic() - told >= PROGRESS_SECONDS:
             told = time.monotonic()
-            context.events.progress(step + 1, spec.epochs * len(run.batches), _note(run, spec))
-    _check_finite(names, totals, epoch=epoch, spec=spec)
-    means = (totals / task.samples).tolist()
+            context.events.progress(step + 1, total, _note(run, spec))
+    meter.check(epoch=epoch, advice=_advice(spec))
+    means = meter.means()
     seconds = time.perf_counter() - started
     with nullcontext() if run.average is None else run.average.in_place():
         run.module.eval()
         accuracy = task.validate(run.module)
     entry = {
         "epoch": epoch + 1,
-        "loss": sum(task.weights[n] * mean for n, mean in zip(names, means, strict=True)),
-        "terms": dict(zip(names, means, strict=True)),
+        "loss": sum(task.weights[name] * mean for name, mean in means.items()),
+        "terms": means,
         "accuracy": accuracy,
         "lr": run.optimizer.param_groups[0]["lr"],
         "images_per_second": task.samples / seconds,
@@ -231,14 +231,13 @@ def _epoch(run: _Run, task: Task[Batch], spec: TrainSpec, *, context: Context, e
     if spec.select == "best" and run.selected is entry:
         run.best = copy_of(run.live if run.average is None else run.average.shadow)
     context.events.record("epoch", **entry)
-    total = spec.epochs * len(run.batches)
     context.events.progress(done + len(run.batches), total, _note(run, spec))
 
 
 def _step(
     run: _Run, task: Task[Batch], spec: TrainSpec, *, batch: Batch, context: Context
-) -> Tensor:
-    """One optimiser step. Returns the detached terms, in the order of `task.weights`."""
+) -> Mapping[str, Tensor]:
+    """One optimiser step. Returns its loss terms."""
     with run.precision.autocast(context.device):
         terms = task.terms(run.module, batch)
     assert terms.keys() == task.weights.keys(), f"{set(terms)} are not {set(task.weights)}"
@@ -248,19 +247,14 @@ def _step(
     if spec.clip_norm is not None:
         nn.utils.clip_grad_norm_(run.module.parameters(), spec.clip_norm)
     run.optimizer.step()
-    return torch.stack([terms[name].detach() for name in task.weights])
+    return terms
 
 
-def _check_finite(names: tuple[str, ...], totals: Tensor, *, epoch: int, spec: TrainSpec) -> None:
-    broken = [
-        name for name, total in zip(names, totals.isfinite().tolist(), strict=True) if not total
-    ]
-    if broken:
-        raise MeasurementError(
-            f"training: expected a finite loss, got NaN or infinity in {', '.join(broken)} in "
-            f"epoch {epoch + 1}; lower lr (now {peak_lr(spec):g}), lengthen warmup_epochs, set "
-            "clip_norm, or try precision: fp32"
-        )
+def _advice(spec: TrainSpec) -> str:
+    return (
+        f"lower lr (now {peak_lr(spec):g}), lengthen warmup_epochs, set clip_norm, or try "
+        "precision: fp32"
+    )
 
 
 def _out_of_patience(run: _Run, spec: TrainSpec) -> bool:

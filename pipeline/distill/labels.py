@@ -1,0 +1,191 @@
+"""The labels stage: a teacher's logits over K replayable views of the training set, stored once.
+
+Views are written one by one, so that a killed stage goes on after the last whole one. Before the
+store is handed on, 256 of its rows are compared with the live teacher.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...models.store import load_network
+from ..data.augment import Views
+from ..data.dataset import Data, open_data
+from ..errors import ModelError, WeightsError
+from ..measure.accuracy import evaluating
+from ..recipe import DistillSpec
+from ..stage import Context
+from ..train.average import tensors_of
+from ..train.checkpoint import digest
+from ..train.precision import Precision, choose_precision
+from ..train.reproducible import reproducible
+from ..workspace import write_atomically
+from .label_store import (
+    AGREEMENT,
+    CHECKED,
+    HEADER,
+    IDS,
+    LabelStore,
+    compare_live,
+    describe,
+    forward,
+    network_sha256,
+    open_arrays,
+    view_name,
+)
+
+Array = np.ndarray[Any, Any]
+
+BATCH = 512  # forward only, so twice what training takes
+
+
+def store_labels(
+    spec: DistillSpec,
+    teacher_artifact: Path,
+    data_artifact: Path,
+    *,
+    context: Context,
+    memory_budget_bytes: int,
+) -> dict[str, Any]:
+    """The labels stage. Leaves the store in `context.scratch`; an unfinished one is taken up.
+
+    The teacher runs in eval mode without gradients, in bfloat16 where that is fast and gives the
+    same answers as float32 (measured on 256 samples), and must leave its own buffers unchanged.
+
+    Raises:
+        IntegrityError: stored and live logits differ.
+        WeightsError: logits that are not finite or exceed float16.
+        ModelError: the teacher changes its own buffers in eval mode.
+    """
+    data = open_data(data_artifact, memory_budget_bytes=memory_budget_bytes)
+    module = load_network(teacher_artifact).network.module.to(context.device)
+    views = Views(data.train, data.preprocess, spec.augment, context.seed, context.device)
+    before = digest(tensors_of(module))
+    with reproducible(threads=context.threads, device=context.device), evaluating(module):
+        precision, doubt = _label_precision(module, views, spec, data=data, context=context)
+        header = describe(spec, data, seed=context.seed, teacher=network_sha256(teacher_artifact))
+        header["precision"] = precision.name
+        kept = _take_up(context, header)
+        start = time.perf_counter()
+        _label_views(module, views, header, precision=precision, context=context)
+        seconds = time.perf_counter() - start
+        arrays = open_arrays(context.resume, header)
+        live = compare_live(
+            LabelStore(header, arrays), module, views, precision=precision, context=context
+        )
+    if digest(tensors_of(module)) != before:
+        raise ModelError(
+            f"teacher: {type(module).__name__} changed its own weights or buffers in eval mode; "
+            "expected a teacher that stays as it is while it labels"
+        )
+    hits = [_accuracy(array, data.train.labels) for array in arrays]
+    _publish(context, header, ids=data.train.ids)
+    made = (spec.views - kept) * len(data.train.labels)
+    return {
+        "views": spec.views,
+        "resumed_views": kept,
+        "rows": len(data.train.labels),
+        "bytes": sum(array.nbytes for array in arrays),
+        "precision": asdict(precision),
+        "bf16_agreement": doubt,
+        "images_per_second": made / seconds if made else None,
+        "live_check": live,
+        # of the teacher, by the image's own label; mixed images have two, so it says less there
+        "train_view_accuracy": float(np.mean(hits)),
+    }
+
+
+def _label_precision(
+    module: nn.Module, views: Views, spec: DistillSpec, *, data: Data, context: Context
+) -> tuple[Precision, float | None]:
+    """The precision to label in, and bf16's measured agreement with fp32 if it was a choice."""
+    wanted = choose_precision(spec.precision, device=context.device)
+    if spec.precision != "auto" or wanted.name == "fp32":
+        return wanted, None
+    rows = len(data.train.labels)
+    indices = torch.from_numpy(np.linspace(0, rows - 1, min(CHECKED, rows)).astype(np.int64))
+    exact, rough = (
+        forward(module, views, indices, view=0, precision=precision, context=context).argmax(1)
+        for precision in (Precision("fp32", ""), wanted)
+    )
+    agreement = float((exact == rough).double().mean())
+    if agreement >= AGREEMENT:
+        return wanted, agreement
+    reason = f"bf16 gives another answer for {100 * (1 - agreement):.1f} % of {len(indices)} images"
+    return Precision("fp32", reason), agreement
+
+
+def _take_up(context: Context, header: Mapping[str, Any]) -> int:
+    """Prepare the resume folder for `header`; views that another header made are dropped."""
+    path = context.resume / HEADER
+    text = json.dumps(header, indent=1, sort_keys=True)
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        shutil.rmtree(context.resume)
+        write_atomically(context.resume / HEADER, text.encode())
+    kept = sum((context.resume / view_name(v)).is_file() for v in range(header["views"]))
+    if kept:
+        context.events.note(f"labelling goes on after {kept} of {header['views']} views")
+    return kept
+
+
+def _label_views(
+    module: nn.Module,
+    views: Views,
+    header: Mapping[str, Any],
+    *,
+    precision: Precision,
+    context: Context,
+) -> None:
+    """Write every view that is missing, each whole or not at all."""
+    rows, count = header["rows"], header["views"]
+    npy = {"descr": "<f2", "fortran_order": False, "shape": (rows, len(header["class_names"]))}
+    for view in range(count):
+        path = context.resume / view_name(view)
+        if path.is_file():
+            continue
+        temporary = path.with_name(path.name + ".part")
+        with temporary.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, npy)
+            for start in range(0, rows, BATCH):
+                indices = torch.arange(start, min(start + BATCH, rows))
+                logits = forward(
+                    module, views, indices, view=view, precision=precision, context=context
+                )
+                file.write(_to_half(logits).tobytes())
+                done = view * rows + start + len(indices)
+                context.events.progress(done, count * rows, f"view {view + 1}/{count}")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+def _to_half(logits: Tensor) -> Array:
+    half = logits.half()
+    if not bool(half.isfinite().all()):
+        raise WeightsError(
+            "teacher: expected finite logits below 65,504, which float16 can hold, got "
+            f"{float(logits.abs().max()):g}; look at its weights and at the preprocessing's mean "
+            "and std"
+        )
+    return half.numpy()
+
+
+def _publish(context: Context, header: Mapping[str, Any], *, ids: Array) -> None:
+    np.save(context.scratch / IDS, np.ascontiguousarray(ids, dtype="<i8"))
+    for name in (*(view_name(view) for view in range(header["views"])), HEADER):
+        os.replace(context.resume / name, context.scratch / name)
+
+
+def _accuracy(logits: Array, labels: Array) -> float:
+    return float((np.asarray(logits).argmax(axis=1) == labels).mean())

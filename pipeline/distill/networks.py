@@ -1,0 +1,115 @@
+"""What teacher and student stages share: build, train, measure on validation, save."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ...models.source import Network, open_network
+from ...models.store import count_parameters, save_network
+from ...models.weights import LoadReport, load_weights, read_state
+from ..data.dataset import Data
+from ..data.preprocess import preprocess_metadata
+from ..measure.accuracy import accuracy, confusion, logits_of_module, per_class_accuracy
+from ..recipe import NetworkSpec
+from ..stage import Context
+from ..train.loop import FitResult
+from ..train.reproducible import derive_seed
+
+Array = np.ndarray[Any, Any]
+
+
+def build(
+    spec: NetworkSpec, data: Data, *, context: Context, where: str
+) -> tuple[Network, LoadReport | None]:
+    """The recipe's network with its weights, if any. `where` is "teacher" or "student".
+
+    Raises:
+        ModelError, WeightsError: it cannot be built, or its weights do not fit.
+    """
+    network = open_network(
+        spec.model,
+        args=spec.args,
+        classes=len(data.class_names),
+        input_shape=data.input_shape,
+        seed=derive_seed(context.seed, where, "weights"),
+    )
+    report = None
+    if spec.weights is not None:
+        state = read_state(Path(spec.weights))
+        report = load_weights(network.module, state, head=spec.head, where=where)
+    return network, report
+
+
+def measure_validation(
+    module: nn.Module, data: Data, *, context: Context, where: str
+) -> tuple[dict[str, Any], Array]:
+    """Accuracy on validation, in eval mode and float32; also the confusion counts (C, C).
+
+    Raises:
+        MeasurementError: a logit is NaN or infinite, or validation is empty.
+    """
+    labels = data.validation.labels
+    logits = logits_of_module(
+        module, data.validation, data.preprocess, device=context.device, name=where
+    )
+    found = {
+        "n": len(labels),
+        "accuracy": accuracy(logits, labels),
+        "per_class": per_class_accuracy(logits, labels, class_names=data.class_names),
+    }
+    return found, confusion(logits, labels)
+
+
+def note_doubts(
+    found: dict[str, Any], data: Data, *, seen: bool, context: Context, where: str
+) -> None:
+    """Tell the user what makes this accuracy say less than it seems to."""
+    n, percent = found["n"], 100 * found["accuracy"]
+    if seen:
+        context.events.note(
+            f"{where}: {percent:.1f} % on {n} validation images, which its given weights have "
+            "possibly seen in their training"
+        )
+    # the share of the commonest class, and two standard errors of a guess that good
+    chance = float(np.bincount(data.validation.labels).max()) / n
+    if found["accuracy"] <= chance + 2 * (chance * (1 - chance) / n) ** 0.5:
+        context.events.note(
+            f"WARNING: {where}: {percent:.1f} % on {n} validation images is what guessing gives "
+            f"({100 * chance:.1f} %): it has learnt nothing that shows; look at the labels, the "
+            "preprocessing and the learning rate"
+        )
+
+
+def training_record(result: FitResult) -> dict[str, Any]:
+    """The training run as JSON-able measurements."""
+    return asdict(result)
+
+
+def save(network: Network, data: Data, *, context: Context) -> None:
+    """Leave the network in `context.scratch`, with all that a user of it has to know."""
+    network.module.to("cpu")
+    save_network(
+        context.scratch,
+        network,
+        classes=len(data.class_names),
+        input_shape=data.input_shape,
+        class_names=data.class_names,
+        preprocess=preprocess_metadata(data.preprocess),
+    )
+
+
+def describe_network(
+    network: Network, spec: NetworkSpec, report: LoadReport | None
+) -> dict[str, Any]:
+    """What it is, for the report."""
+    return {
+        "model": spec.model,
+        "args": dict(spec.args),
+        "parameters": count_parameters(network.module),
+        "weights": None if report is None else asdict(report),
+    }

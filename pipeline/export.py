@@ -1,0 +1,112 @@
+"""The export stage: a stored network → `exported.onnx` (as torch wrote it) and `model.onnx`.
+
+`model.onnx` is simplified if its outputs stay the same on real samples, and stamped with what a
+device needs to use it: class names, preprocessing, the recipe's hash. Does not judge; the parity
+ladder (`verify/parity.py`) compares both files with torch afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from ..exporters.audit import audit
+from ..exporters.compare import float_floor
+from ..exporters.graph import read_model
+from ..exporters.reference import logits_float32, logits_float64
+from ..exporters.simplify import simplify
+from ..exporters.stamp import stamp, write_model
+from ..exporters.to_onnx import export_onnx, program_batch
+from ..models.store import StoredNetwork, load_network
+from .data.dataset import Data, open_data
+from .data.preprocess import to_input
+from .errors import ExportError
+from .recipe import ExportSpec
+from .stage import Context
+
+EXPORTED, MODEL = "exported.onnx", "model.onnx"
+PROGRAM = "program.pt2"  # see models/store.py
+SAMPLES = 64  # real samples that a simplified graph must agree on (reference/toolkits.md §D)
+BATCH_SIZE = 32
+
+
+def export_float(
+    network_artifact: Path,
+    data_artifact: Path,
+    spec: ExportSpec,
+    *,
+    context: Context,
+    metadata: Mapping[str, str],
+) -> dict[str, Any]:
+    """The stage. Leaves both files in `context.scratch`.
+
+    Args:
+        network_artifact: folder written by models/store.py.
+        data_artifact: folder of the data stage; calibration samples (of train) are read.
+        metadata: further entries for the file's metadata_props.
+
+    Returns:
+        bytes, opset, ir, parameters, multiply_adds (of one sample), initializer_bytes, ops,
+        batch, simplified, simplify_reason, float_floor.
+
+    Raises:
+        ExportError, ModelError: the network cannot be exported.
+    """
+    stored = load_network(network_artifact)
+    data = open_data(data_artifact, memory_budget_bytes=0)  # 64 samples: read from the disk
+    samples = to_input(data.train.images[data.calibration[:SAMPLES]], data.preprocess)
+    if len(samples) == 0:
+        raise ExportError(
+            "export: no calibration samples to hold the graph against; set data.calibration to "
+            f"{SAMPLES} or more"
+        )
+    raw = context.scratch / EXPORTED
+    program = _program(network_artifact)
+    context.events.progress(0, 3, "torch.onnx.export")
+    example = torch.from_numpy(samples[:1]).expand(2, -1, -1, -1).contiguous()
+    export_onnx(program or stored.network.module, example, raw, batch=spec.batch)
+
+    module, size = stored.network.module, (program and program_batch(program)) or BATCH_SIZE
+    double, _ = logits_float64(module, samples, batch_size=size)
+    single = logits_float32(module, samples, batch_size=size)
+    floor = float_floor(double, single) if len(double) else 0.0
+    context.events.progress(1, 3, "simplifying" if spec.simplify else "folding")
+    simplified = simplify(
+        read_model(raw), samples, floor=floor, threads=context.threads, enabled=spec.simplify
+    )
+    if spec.simplify and not simplified.simplified:
+        context.events.note(f"export: the graph was not simplified: {simplified.reason}")
+    path = context.scratch / MODEL
+    final = stamp(
+        simplified.model,
+        min_runtime=spec.min_runtime,
+        metadata={**_describe(stored, data), **metadata},
+    )
+    write_model(final, path)
+    context.events.progress(3, 3)
+    return {
+        **audit(final),
+        "bytes": path.stat().st_size,
+        "batch": spec.batch,
+        "simplified": simplified.simplified,
+        "simplify_reason": simplified.reason,
+        "float_floor": floor,
+    }
+
+
+def _program(folder: Path) -> ExportedProgram | None:
+    path = folder / PROGRAM
+    return torch.export.load(path) if path.exists() else None
+
+
+def _describe(stored: StoredNetwork, data: Data) -> dict[str, str]:
+    """What someone needs to run the file without us, as JSON."""
+    return {
+        "edgestill.class_names": json.dumps(list(data.class_names), ensure_ascii=False),
+        "edgestill.preprocess": json.dumps(stored.preprocess, sort_keys=True, ensure_ascii=False),
+    }

@@ -1,0 +1,277 @@
+"""`compress init`: a runnable, commented recipe for the model and data a user has.
+
+Looks at the data (classes, counts, sizes) and, where trained weights are given, measures which
+common preprocessing they answer best under. It writes what it found and how, and guesses nothing
+silently: preprocessing stands in the recipe with the accuracy it was chosen by.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from ..models.source import open_network
+from ..models.weights import load_weights, read_state
+from .data.decode import decode_in_thread, quiet
+from .data.preprocess import canvas_size, centre_crop, input_size, to_canvas, to_input
+from .data.readers import open_source
+from .data.source import NO_LABEL, Source
+from .errors import DataError, OutputError
+from .gate import provable_drop
+from .recipe import PreprocessSpec, SourceSpec
+from .workspace import write_atomically
+
+LOOKED_AT = 256  # images opened, spread over the set
+TEST_FRACTION = 0.2
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# How trained nets commonly see pixels: (channels, mean, std) after /255.
+CONVENTIONS = {
+    "ImageNet mean and std, RGB": ("rgb", *IMAGENET),
+    "[-1, 1], RGB": ("rgb", (0.5,) * 3, (0.5,) * 3),
+    "[0, 1], RGB": ("rgb", (0.0,) * 3, (1.0,) * 3),
+    "ImageNet mean and std, BGR": ("bgr", *(part[::-1] for part in IMAGENET)),
+    "[-1, 1], BGR": ("bgr", (0.5,) * 3, (0.5,) * 3),
+    "[0, 1], BGR": ("bgr", (0.0,) * 3, (1.0,) * 3),
+}
+LIMITS = (1.0, 1.5, 2.0, 3.0, 5.0)  # points; the first that the test set can decide is proposed
+USUAL_FLIPS = 0.04  # share of answers that int8 usually changes on nets of a few classes
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What was found: a sample of the images, and the whole set's labels."""
+
+    source: Source
+    images: list[Image.Image]
+    labels: list[int]
+
+    @property
+    def sizes(self) -> set[tuple[int, int]]:
+        return {(image.height, image.width) for image in self.images}
+
+    @property
+    def usual_side(self) -> int:
+        return int(median(min(size) for size in ((i.height, i.width) for i in self.images)))
+
+
+def write_recipe(
+    model: str, *, weights: Path | None, data: Path, test: Path | None, size: int | None, out: Path
+) -> list[str]:
+    """Write `out`; returns what was found, a line each, for the person in front.
+
+    Raises:
+        OutputError: `out` exists. DataError, ModelError, WeightsError: what is given does not work.
+    """
+    if out.exists():
+        raise OutputError(f"{out}: exists already and is not overwritten; choose another with -o")
+    look = _look(data)
+    side = size or look.usual_side
+    base = out.resolve().parent
+    lines = [_describe(look, data)]
+    n_test = (
+        len(open_source(_source(test)).labels)
+        if test
+        else round(TEST_FRACTION * len(look.source.labels))
+    )
+    limit = _limit(n_test)
+    preprocess, reason = _preprocess(model, weights, look=look, side=side)
+    lines.append(reason)
+    text = _render(
+        model=_relative_model(model, base),
+        weights=None if weights is None else _relative(weights, base),
+        data=_relative(data, base),
+        test=None if test is None else _relative(test, base),
+        preprocess=preprocess,
+        found=lines,
+        limit=limit,
+        n_test=n_test,
+    )
+    write_atomically(out, text.encode())
+    return [*lines, f"wrote {out}; next: compress run {out}"]
+
+
+def _look(data: Path) -> _Look:
+    source = open_source(_source(data))
+    stride = max(1, len(source.labels) // LOOKED_AT)
+    images, labels = [], []
+    with quiet():
+        for index, encoded in islice(enumerate(source.images()), 0, None, stride):
+            if source.labels[index] == NO_LABEL or encoded is None:
+                continue
+            if isinstance(encoded, np.ndarray):
+                images.append(Image.fromarray(encoded))
+            else:
+                content = encoded.read_bytes() if isinstance(encoded, Path) else encoded
+                images.append(decode_in_thread(content, where=source.names[index]))
+            labels.append(int(source.labels[index]))
+    if not images:
+        raise DataError(f"{data}: no image of {len(source.labels)} could be looked at")
+    return _Look(source, images, labels)
+
+
+def _source(path: Path) -> SourceSpec:
+    return SourceSpec(path=str(path) if str(path) == "digits" else str(path.expanduser().resolve()))
+
+
+def _describe(look: _Look, data: Path) -> str:
+    counts = np.bincount(look.source.labels[look.source.labels >= 0])
+    heights, widths = zip(*look.sizes, strict=True)
+    shape = (
+        f"all {heights[0]}×{widths[0]}"
+        if len(look.sizes) == 1
+        else f"{min(heights)}–{max(heights)} high, {min(widths)}–{max(widths)} wide"
+    )
+    return (
+        f"{data}: {len(look.source.labels)} images in {len(look.source.class_names)} classes "
+        f"({counts.min()} to {counts.max()} a class); {shape} ({len(look.images)} looked at)"
+    )
+
+
+def _limit(n_test: int) -> float:
+    provable = 100 * provable_drop(n_test, flips=USUAL_FLIPS, confidence=0.95)
+    return next((limit for limit in LIMITS if limit >= provable), LIMITS[-1])
+
+
+def _preprocess(
+    model: str, weights: Path | None, *, look: _Look, side: int
+) -> tuple[PreprocessSpec | None, str]:
+    """The section to write, and why; None where nothing is needed."""
+    resize = None if look.sizes == {(side, side)} else round(side * 8 / 7)  # 256 for 224
+    if weights is None and not model.endswith(".pt2"):
+        if resize is None:
+            return None, "preprocessing: pixels as they are, mean and std of the training set"
+        spec = PreprocessSpec(resize=resize, crop=(side, side))
+        return spec, f"preprocessing: shorter side to {resize}, centre {side}×{side}"
+    accuracies = dict(_measure(model, weights, look=look, resize=resize, side=side))
+    best = max(accuracies, key=lambda name: accuracies[name])
+    figures = ", ".join(f"{name} {100 * value:.1f} %" for name, value in accuracies.items())
+    return _convention(best, resize, side), (
+        f"preprocessing: measured on {len(look.images)} images: {figures}; check that it is what "
+        "the net was trained with"
+    )
+
+
+def _convention(name: str, resize: int | None, side: int) -> PreprocessSpec:
+    channels, mean, std = CONVENTIONS[name]
+    return PreprocessSpec.model_validate(
+        {"resize": resize, "crop": side, "channels": channels, "mean": mean, "std": std}
+    )
+
+
+def _measure(
+    model: str, weights: Path | None, *, look: _Look, resize: int | None, side: int
+) -> Iterator[tuple[str, float]]:
+    reference = _absolute_model(model, Path.cwd())
+    network = open_network(
+        reference, args={}, classes=len(look.source.class_names), input_shape=(3, side, side),
+        seed=0,
+    )  # fmt: skip
+    if weights is not None:
+        load_weights(network.module, read_state(weights), head="keep", where="student")
+    network.module.eval()
+    labels = np.array(look.labels)
+    for name in CONVENTIONS:
+        spec = _convention(name, resize, side)
+        yield name, float((_answers(network.module, look.images, spec) == labels).mean())
+
+
+def _answers(
+    module: torch.nn.Module, images: list[Image.Image], spec: PreprocessSpec
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    answers = []
+    for image in images:
+        canvas = canvas_size(spec, (image.height, image.width))
+        pixels = to_canvas(image, spec, canvas)[None]
+        inputs = to_input(centre_crop(pixels, input_size(spec, canvas)), spec)
+        with torch.inference_mode():
+            answers.append(int(module(torch.from_numpy(inputs)).argmax()))
+    return np.array(answers)
+
+
+def _relative(path: Path, base: Path) -> str:
+    if str(path) == "digits":
+        return "digits"
+    return os.path.relpath(path.expanduser().resolve(), base)
+
+
+def _absolute_model(model: str, base: Path) -> str:
+    if model.endswith(".pt2") or ".py:" in model:
+        return os.path.normpath(base / Path(model).expanduser())
+    return model
+
+
+def _relative_model(model: str, base: Path) -> str:
+    absolute = _absolute_model(model, Path.cwd())
+    return model if absolute == model else os.path.relpath(absolute, base)
+
+
+def _render(
+    *,
+    model: str,
+    weights: str | None,
+    data: str,
+    test: str | None,
+    preprocess: PreprocessSpec | None,
+    found: list[str],
+    limit: float,
+    n_test: int,
+) -> str:
+    comments = "\n".join(f"# {line}" for line in found)
+    tested = f"{{path: {_scalar(test)}}}" if test else f"{{fraction: {TEST_FRACTION}}}"
+    student = [f"  model: {_scalar(model)}"]
+    if weights is not None:
+        student.append(f"  weights: {_scalar(weights)}")
+    trained = weights is not None or model.endswith(".pt2")
+    if not trained:
+        student.append(
+            "  train:                             # learnt from the labels; add a `teacher:` "
+            "section and\n"
+            "    epochs: 30                       # move this to `distill:` to learn from it\n"
+            "    augment: {crop: pad, flip: true} # no flip where left and right differ"
+        )
+    return f"""\
+# Written by `compress init`. Every key: `compress schema recipe`.
+{comments}
+task: image-classification
+seed: 0
+data:
+  train: {{path: {_scalar(data)}}}
+  test: {tested:<35}# {"its own set" if test else "of train, by content hash"}; {n_test} images
+  validation: 0.1                      # of train; model selection sees it, never test
+  calibration: 512                     # samples of train that set the int8 ranges
+{_preprocess_section(preprocess, trained)}student:
+{chr(10).join(student)}
+quantize:
+  targets: [arm, x86]                  # add nothing for one CPU family only: [arm] or [x86-vnni]
+export:
+  batch: dynamic                       # or a fixed number
+  min_runtime: "1.17"                  # oldest onnxruntime that must load the file
+gate:
+  max_drop_points: {limit:<20g}# against {"its float version" if trained else "the float student"};\
+ {n_test} samples can decide this
+"""
+
+
+def _preprocess_section(spec: PreprocessSpec | None, trained: bool) -> str:
+    if spec is None:
+        return ""
+    kept: Mapping[str, object] = spec.model_dump(mode="json", exclude_none=True)
+    order = ("resize", "crop", "interpolation", "antialias", "channels", "mean", "std")
+    rows = [f"    {key}: {_scalar(kept[key])}" for key in order if key in kept]
+    why = "  # must be what the net was trained with" if trained else ""
+    return "\n".join([f"  preprocess:{why}", *rows]) + "\n"
+
+
+def _scalar(value: object) -> str:
+    """A value as YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True)
+    return text.removesuffix("...\n").strip()

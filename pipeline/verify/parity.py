@@ -1,0 +1,207 @@
+"""The parity ladder: from torch in float64 down to the file that ships, rung by rung.
+
+    torch float64 → torch float32 → exported (optimizations off) → exported (on)
+    → final float → int8 (off) → int8 (on), and the shipped files at batch 1, 2 and 7
+
+Each rung is held against the one above it, so a failure names the step that caused it, and its
+agreement with the root is in its note. Float rungs must stay within max(10·floor, 1e-4 +
+1e-3·|ref|), floor being what float32 itself is off from float64 (reference/profiling.md). int8
+differs from float by design, so there only what must hold is judged: finite values, and the same
+answers with onnxruntime's optimizations off and on. Whether int8 is accurate enough is the gate's
+question, on the whole test set. What cannot be compared has failed; nothing is skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ...exporters.compare import (
+    ATOL,
+    RTOL,
+    Agreement,
+    allowed_error,
+    compare,
+    float_floor,
+)
+from ...exporters.graph import batch_size, read_model
+from ...exporters.reference import logits_float32, logits_float64
+from ...exporters.sessions import open_session, run_batches
+
+Array = np.ndarray[Any, Any]
+Rung = dict[str, Any]
+
+BATCH_SIZE = 32
+ODD_BATCHES = (1, 2, 7)  # one, the exporter's example, and one that divides nothing
+REAL_SAMPLES = 64  # fewer say too little (reference/toolkits.md §D)
+# Fused int8 kernels round once where the unfused graph rounds twice, so logits differ by up to 4
+# steps (design.md §6) and a near tie may turn over: answers are judged, not values.
+INT8_AGREEMENT = 0.98
+
+FLOAT64, FLOAT32 = "torch float64", "torch float32"
+EXPORTED_OFF, EXPORTED_ON = "exported, optimizations off", "exported, optimizations on"
+FINAL = "final float"
+INT8_OFF, INT8_ON = "int8, optimizations off", "int8, optimizations on"
+
+
+def climb_ladder(
+    module: nn.Module,
+    *,
+    exported: Path,
+    final_float: Path,
+    int8: Path | None,
+    inputs: Array,
+    threads: int,
+) -> list[Rung]:
+    """All rungs, from the top.
+
+    Args:
+        module: the float network, float32 parameters, on the CPU. For a .pt2 program its module;
+            where that cannot run in float64, float32 is the root and the first rung says so.
+        exported, final_float, int8: ONNX files; without `int8` its rungs are absent.
+        inputs: float32, (N, C, H, W), ≥ 64 real preprocessed samples; all zeros and all ones are
+            added to them.
+
+    Returns:
+        Records of rung, reference, n, max_abs, tolerance (allowed at the element that comes
+        closest to it; None where values are not judged), sqnr_db (None where nothing differs),
+        cosine, top1_agreement, passed, note. Figures are None where nothing could be compared.
+
+    Raises:
+        ExportError, ModelError, RuntimeFailure: a network or file that does not run at all.
+    """
+    if len(inputs) == 0:
+        return [_failed(FLOAT32, FLOAT64, "no real samples were given")]
+    inputs = np.concatenate([inputs, np.zeros_like(inputs[:1]), np.ones_like(inputs[:1])])
+    fixed = batch_size(read_model(final_float))
+    size = fixed or BATCH_SIZE
+    double, reason = logits_float64(module, inputs, batch_size=size)
+    single = logits_float32(module, inputs, batch_size=size)
+    root_name, root = (FLOAT64, double) if len(double) else (FLOAT32, single)
+    floor = float_floor(double, single) if len(double) else 0.0
+    rungs = [_first_rung(double, single, reason)]
+    if len(inputs) - 2 < REAL_SAMPLES:
+        rungs[0]["note"] += f"; only {len(inputs) - 2} real samples"
+
+    def logits(path: Path, *, optimize: bool) -> Array:
+        return run_batches(open_session(path, threads=threads, optimize=optimize), inputs, size)
+
+    above_name, above = FLOAT32, single
+    for name, path, optimize in (
+        (EXPORTED_OFF, exported, False),
+        (EXPORTED_ON, exported, True),
+        (FINAL, final_float, True),
+    ):
+        found = logits(path, optimize=optimize)
+        rungs.append(_float_rung(name, above_name, above, found, floor))
+        _note_root(rungs[-1], root_name, root, found)
+        above_name, above = name, found
+    if int8 is not None:
+        off, on = logits(int8, optimize=False), logits(int8, optimize=True)
+        rungs.append(_int8_rung(INT8_OFF, FINAL, above, off, limit=None))
+        _note_root(rungs[-1], root_name, root, off)
+        rungs.append(_int8_rung(INT8_ON, INT8_OFF, off, on, limit=INT8_AGREEMENT))
+        _note_root(rungs[-1], root_name, root, on)
+    if fixed is None:
+        rungs += _batch_rungs(final_float, int8, inputs, floor=floor, threads=threads)
+    return rungs
+
+
+def _first_rung(double: Array, single: Array, reason: str) -> Rung:
+    """float32 against float64: the floor itself, so it is judged by the fixed tolerance alone."""
+    if not len(double):
+        agreement = compare(single, single)
+        return _rung(
+            FLOAT32, "itself", agreement, tolerance=None, passed=True, note=f"the root: {reason}"
+        )
+    agreement = compare(double, single)
+    tolerance = ATOL + RTOL * float(np.abs(double).max())
+    return _rung(
+        FLOAT32, FLOAT64, agreement, tolerance=tolerance,
+        passed=agreement.max_abs is not None and agreement.max_abs <= tolerance,
+        note="float32's own error; ten times it is allowed below",
+    )  # fmt: skip
+
+
+def _float_rung(name: str, above: str, reference: Array, found: Array, floor: float) -> Rung:
+    agreement = compare(reference, found)
+    if agreement.problem is not None:
+        return _rung(name, above, agreement, tolerance=None, passed=False)
+    allowed = allowed_error(reference, floor)
+    difference = np.abs(reference.astype(np.float64) - found)
+    worst = int((difference / allowed).argmax())
+    return _rung(
+        name, above, agreement, tolerance=float(allowed.flat[worst]),
+        passed=bool((difference <= allowed).all()),
+    )  # fmt: skip
+
+
+def _int8_rung(
+    name: str, above: str, reference: Array, found: Array, *, limit: float | None
+) -> Rung:
+    agreement = compare(reference, found)
+    judged, note = True, "finite is required; accuracy is the gate's question"
+    if limit is not None:
+        judged = agreement.top1_agreement is not None and agreement.top1_agreement >= limit
+        note = f"top-1 agreement of {limit:.0%} is required: kernels round at different places"
+    return _rung(name, above, agreement, tolerance=None, passed=judged, note=note)
+
+
+def _batch_rungs(
+    final_float: Path, int8: Path | None, inputs: Array, *, floor: float, threads: int
+) -> Iterator[Rung]:
+    """The same samples one at a time, in twos and in sevens: a batch baked in shows here."""
+    for kind, path in (("final float", final_float), ("int8", int8)):
+        if path is None:
+            continue
+        session = open_session(path, threads=threads)
+        single, *others = (run_batches(session, inputs, size) for size in ODD_BATCHES)
+        above = f"{kind}, batch {ODD_BATCHES[0]}"
+        for size, found in zip(ODD_BATCHES[1:], others, strict=True):
+            name = f"{kind}, batch {size}"
+            if kind == "int8":
+                yield _int8_rung(name, above, single, found, limit=INT8_AGREEMENT)
+            else:
+                yield _float_rung(name, above, single, found, floor)
+
+
+def _rung(
+    name: str,
+    reference: str,
+    agreement: Agreement,
+    *,
+    tolerance: float | None,
+    passed: bool,
+    note: str = "",
+) -> Rung:
+    """A record. What cannot be compared has failed, whatever `passed` says."""
+    if agreement.problem is not None:
+        passed, note = False, agreement.problem
+    return {
+        "rung": name,
+        "reference": reference,
+        "n": agreement.n,
+        "max_abs": agreement.max_abs,
+        "tolerance": tolerance,
+        "sqnr_db": agreement.sqnr_db,
+        "cosine": agreement.cosine,
+        "top1_agreement": agreement.top1_agreement,
+        "passed": passed,
+        "note": note,
+    }
+
+
+def _failed(name: str, reference: str, why: str) -> Rung:
+    return _rung(name, reference, Agreement(0, why), tolerance=None, passed=False)
+
+
+def _note_root(rung: Rung, name: str, root: Array, found: Array) -> None:
+    """Adds the agreement with the root, so that small losses a rung cannot add up unseen."""
+    agreement = compare(root, found).top1_agreement
+    if agreement is not None:
+        said = f"top-1 agreement with {name}: {agreement:.4f}"
+        rung["note"] = f"{rung['note']}; {said}" if rung["note"] else said

@@ -1,0 +1,81 @@
+"""Shared fixtures: the data folder, the command as a child process, one finished small run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMAND = [sys.executable, "-P", "-m", "edgestill"]
+
+# Small enough for a few seconds, with every stage in it.
+SMALL_RECIPE = """\
+data:
+  train: {path: digits}
+  test: {fraction: 0.4}
+  calibration: 128
+teacher:
+  model: plain_cnn_small
+  args: {width: 2.0}
+  train: {epochs: 4, batch_size: 64, optimizer: adamw, lr: 0.01, augment: {crop: none}}
+student:
+  model: plain_cnn_small
+distill:
+  {epochs: 6, batch_size: 64, optimizer: adamw, lr: 0.01, views: 2, checkpoint_minutes: 0,
+   augment: {crop: pad, pad: 1}}
+quantize: {}
+profile: {launches: 3, runs: 20}
+gate: {max_drop_points: 20}
+compute: {threads: 1}
+"""
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with CIFAR-10, flowers and public checkpoints; tests that need it are skipped."""
+    folder = Path(os.environ.get("EDGESTILL_DATA", ROOT / "../shared/data")).resolve()
+    if not folder.is_dir():
+        pytest.skip(f"needs the data folder (EDGESTILL_DATA or {folder})")
+    return folder
+
+
+Compress = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def compress() -> Compress:
+    """`compress(*arguments, cwd=…, env=…)` as a child process; never raises."""
+
+    def call(
+        *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*COMMAND, *map(str, arguments)],
+            cwd=cwd, env=None if env is None else os.environ | env,
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def small_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(SMALL_RECIPE)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_run(
+    compress: Compress, small_recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The output folder of one finished run. Shared: copy it before changing anything."""
+    out = tmp_path_factory.mktemp("small") / "out"
+    done = compress("run", small_recipe, "-o", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out

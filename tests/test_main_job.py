@@ -1,0 +1,277 @@
+"""`compress run` as a user meets it: what comes out, what never comes out, what survives a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+
+COMMAND = [sys.executable, "-P", "-m", "edgestill"]
+STAGES = ["data", "teacher", "labels", "student", "export", "int8", "export-teacher", "verify",
+          "latency"]  # fmt: skip
+
+
+def published(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} - {".edgestill"}
+
+
+@pytest.fixture
+def copy_of_run(small_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small_run, tmp_path / "out"))
+
+
+def test_a_passed_run_leaves_exactly_the_promised_files(small_run: Path) -> None:
+    assert published(small_run) == {
+        "model.onnx", "model.fp32.onnx", "student.safetensors", "recipe.yaml", "report.json",
+        "report.md", "samples.parquet", "manifest.json",
+    }  # fmt: skip
+
+
+def test_the_report_follows_the_published_schema(small_run: Path, compress: Any) -> None:
+    schema = json.loads(compress("schema", "report").stdout)
+
+    jsonschema.validate(json.loads((small_run / "report.json").read_text()), schema)
+
+
+def test_the_report_covers_every_stage_model_and_row(small_run: Path) -> None:
+    report = json.loads((small_run / "report.json").read_text())
+
+    assert [stage["name"] for stage in report["stages"]] == STAGES[:-1]
+    assert [model["role"] for model in report["models"]] == ["teacher", "student", "float", "int8"]
+    assert {row["name"] for row in report["latency"]} == {
+        "teacher-onnx", "float", "int8", "student", "teacher",
+    }  # fmt: skip
+    assert all(len(row["raw_ns"]) == 3 for row in report["latency"])
+    assert report["parity"]
+    assert report["model_sha256"] == sha256(small_run / "model.onnx")
+
+
+def test_the_model_runs_on_raw_digits_by_its_metadata_alone(small_run: Path) -> None:
+    import onnxruntime as ort
+    from sklearn.datasets import load_digits
+
+    session = ort.InferenceSession(small_run / "model.onnx", providers=["CPUExecutionProvider"])
+    about = session.get_modelmeta().custom_metadata_map
+    spec = json.loads(about["edgestill.preprocess"])
+    names = json.loads(about["edgestill.class_names"])
+    digits = load_digits()
+
+    x = digits.images[:, None].astype(np.float32) / spec["max_value"]
+    x = (x - np.float32(spec["mean"][0])) / np.float32(spec["std"][0])
+    (logits,) = session.run(None, {"input": x.astype(np.float32)})
+
+    assert names == [str(name) for name in digits.target_names]
+    assert (logits.argmax(1) == digits.target).mean() > 0.85
+
+
+def test_nothing_of_this_machine_is_in_the_model(small_run: Path, small_recipe: Path) -> None:
+    content = (small_run / "model.onnx").read_bytes()
+
+    for word in (str(small_run), str(small_recipe.parent), str(Path.home()), "site-packages"):
+        assert word.encode() not in content
+
+
+def test_a_second_run_recalls_every_stage_and_gives_the_same_bytes(
+    copy_of_run: Path, small_recipe: Path, compress: Any
+) -> None:
+    before = sha256(copy_of_run / "model.onnx")
+
+    done = compress("run", small_recipe, "-o", copy_of_run)
+
+    assert done.returncode == 0
+    assert done.stdout.count("recalled") == len(STAGES) - 1  # latency is always measured anew
+    assert sha256(copy_of_run / "model.onnx") == before
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_killed_in_a_stage_ends_with_the_same_bytes(
+    stage: str, small_run: Path, small_recipe: Path, tmp_path: Path, compress: Any
+) -> None:
+    out = tmp_path / "out"
+
+    assert killed_in(stage, small_recipe, out)
+    assert not (out / "model.onnx").exists()
+    done = compress("run", small_recipe, "-o", out)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sha256(out / "model.onnx") == sha256(small_run / "model.onnx")
+
+
+def killed_in(stage: str, recipe: Path, out: Path) -> bool:
+    """SIGKILL the run a moment after it says that it is in `stage`. False: it ended before."""
+    process = subprocess.Popen(
+        [*COMMAND, "run", str(recipe), "-o", str(out), "--log-json"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    with process.stdout:
+        for line in process.stdout:
+            event = json.loads(line)
+            is_epoch = event["kind"] == "epoch" and event["stage"] == stage
+            if is_epoch or (event["kind"] == "stage-started" and event["stage"] == stage
+                            and stage not in ("teacher", "student")):  # fmt: skip
+                threading.Event().wait(0.05)
+                process.send_signal(signal.SIGKILL)
+                break
+    return process.wait() == -signal.SIGKILL
+
+
+def test_ctrl_c_is_130_and_keeps_what_is_done(
+    small_recipe: Path, tmp_path: Path, compress: Any
+) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "run", str(small_recipe), "-o", str(tmp_path / "out"), "--log-json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with process.stdout, process.stderr:
+        for line in process.stdout:
+            if json.loads(line)["kind"] == "epoch":
+                process.send_signal(signal.SIGINT)
+                break
+        process.stdout.read()
+        complaint = process.stderr.read()
+
+    assert process.wait() == 130
+    assert "Traceback" not in complaint
+    assert (tmp_path / "out" / ".edgestill" / "stages" / "data").is_dir()
+    assert not (tmp_path / "out" / "model.onnx").exists()
+
+
+def test_an_impossible_gate_rejects_and_withdraws_the_former_model(
+    copy_of_run: Path, small_recipe: Path, compress: Any
+) -> None:
+    assert (copy_of_run / "model.onnx").exists()
+
+    done = compress("run", small_recipe, "-o", copy_of_run, "--set", "gate.min_speedup=1000000")
+
+    assert done.returncode == 1, done.stdout
+    assert (copy_of_run / "rejected.onnx").exists()
+    assert not (copy_of_run / "model.onnx").exists()
+    assert "FAIL" in done.stdout
+
+
+def test_a_run_that_dies_leaves_no_former_model(
+    copy_of_run: Path, small_recipe: Path, compress: Any
+) -> None:
+    done = compress("run", small_recipe, "-o", copy_of_run, "--set", "teacher.min_accuracy=0.99999")
+
+    assert done.returncode == 2
+    assert published(copy_of_run) == set()
+
+
+def test_a_test_set_too_small_is_inconclusive_and_names_n(
+    copy_of_run: Path, small_recipe: Path, compress: Any
+) -> None:
+    overrides = ["--set", "data.test.fraction=0.03", "--set", "gate.max_drop_points=4"]
+    done = compress("run", small_recipe, "-o", copy_of_run, *overrides)
+
+    assert "the gate cannot pass" in done.stdout
+    if done.returncode == 3:  # the point drop of 54 samples may also exceed the limit: 1
+        assert "test samples would decide" in done.stdout
+    assert done.returncode in (1, 3)
+    assert not (copy_of_run / "model.onnx").exists()
+
+
+def test_the_gate_judges_again_with_another_policy_and_renames_nothing(
+    copy_of_run: Path, tmp_path: Path, compress: Any
+) -> None:
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("max_drop_points: 20\nmin_speedup: 1000000\n")
+    before = published(copy_of_run)
+
+    assert compress("gate", copy_of_run).returncode == 0
+    strict = compress("gate", copy_of_run, "--policy", policy, "--json")
+
+    assert strict.returncode == 1
+    assert json.loads(strict.stdout)["outcome"] == "fail"
+    assert published(copy_of_run) == before
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "report.json", "samples.parquet", "recipe.yaml"])
+def test_a_changed_or_missing_file_is_an_integrity_failure(
+    name: str, copy_of_run: Path, compress: Any
+) -> None:
+    path = copy_of_run / name
+    path.write_bytes(path.read_bytes() + b" ")
+    changed = compress("gate", copy_of_run)
+    path.unlink()
+    missing = compress("gate", copy_of_run)
+
+    assert (changed.returncode, missing.returncode) == (6, 6)
+    assert name in changed.stderr
+    assert "Traceback" not in changed.stderr + missing.stderr
+
+
+def test_samples_that_contradict_the_report_are_an_integrity_failure(
+    copy_of_run: Path, compress: Any
+) -> None:
+    # somebody edits the record and repairs the manifest, but forgets one of the two
+    report = copy_of_run / "report.json"
+    record = json.loads(report.read_text())
+    record["pairs"][0]["lost"] += 1
+    report.write_text(json.dumps(record))
+    manifest = json.loads((copy_of_run / "manifest.json").read_text())
+    manifest["sha256"]["report.json"] = sha256(report)
+    (copy_of_run / "manifest.json").write_text(json.dumps(manifest))
+
+    done = compress("gate", copy_of_run)
+
+    assert done.returncode == 6
+    assert "samples.parquet" in done.stderr
+
+
+def test_a_gate_on_what_was_not_measured_is_a_user_error(
+    copy_of_run: Path, small_recipe: Path, tmp_path: Path, compress: Any
+) -> None:
+    compress("run", small_recipe, "-o", copy_of_run, "--set", "profile=null")
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("min_speedup: 2\n")
+
+    done = compress("gate", copy_of_run, "--policy", policy)
+
+    assert done.returncode == 2
+    assert "measured no latency" in done.stderr
+
+
+def test_a_second_run_in_a_busy_folder_is_refused(
+    small_recipe: Path, tmp_path: Path, compress: Any
+) -> None:
+    out = tmp_path / "out"
+    first = subprocess.Popen(
+        [*COMMAND, "run", str(small_recipe), "-o", str(out), "--log-json"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert first.stdout is not None
+    with first.stdout:
+        next(line for line in first.stdout if json.loads(line)["kind"] == "stage-started")
+        second = compress("run", small_recipe, "-o", out)
+        os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+
+    assert second.returncode == 2
+    assert f"process {first.pid}" in second.stderr
+
+
+def test_quiet_prints_the_verdict_alone(
+    copy_of_run: Path, small_recipe: Path, compress: Any
+) -> None:
+    done = compress("run", small_recipe, "-o", copy_of_run, "-q")
+
+    assert done.stdout.splitlines() == [f"PASS {copy_of_run / 'model.onnx'}"]
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
