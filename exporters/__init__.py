@@ -6,9 +6,11 @@ rewrites.py   the graph rewrites of our own: BatchNormalization folded, means po
 int8.py       a float graph → static int8 (QDQ) by onnxruntime.quantization
 stamp.py      what runs on `min_runtime`, names nobody's files, and carries the user's metadata
 sessions.py   onnxruntime sessions, opened and run one way everywhere
+reference.py  what torch itself computes, in float64 and float32
 compare.py    how far two sets of logits are apart
 audit.py      parameters, multiply-adds, bytes and operators, read from the graph
 graph.py      small questions about a ModelProto, shared by the files above
+quiet.py      keeps other libraries' talk off the terminal
 
 Everything here takes and returns tensors, arrays, graphs and paths. Nothing knows recipes,
 stages or reports; those stand above, in `pipeline`.

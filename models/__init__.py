@@ -1,1 +1,12 @@
-"""."""
+"""Networks and where they come from.
+
+    zoo.py        the table of our own nets, and how their arguments are checked
+    source.py     a reference (zoo name, FILE.py:factory, FILE.pt2) → a network that ran once
+    user_code.py  a user's own module, isolated from everybody else's modules of the same name
+    program.py    a .pt2 file, read without running code hidden in it
+    weights.py    checkpoints: read, check, load
+    store.py      a network on disk: weights, reference and all a user of it has to know
+    signature.py  names, shapes and dtypes of inputs and outputs; no torch
+
+Importing this package imports nothing.
+"""

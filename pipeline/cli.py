@@ -187,10 +187,10 @@ def report(folder: Path, as_json: bool) -> int:
 @click.argument("kind", type=click.Choice(["report", "recipe", "policy"]), default="report")
 def schema(kind: str) -> int:
     """Print the JSON schema of report.json, of a recipe, or of a gate policy."""
-    from .recipe import GateSpec, Recipe
+    from .recipe import GateSpec, Recipe, Spec
     from .report import Report
 
-    models = {"report": Report, "recipe": Recipe, "policy": GateSpec}
+    models: dict[str, type[Spec]] = {"report": Report, "recipe": Recipe, "policy": GateSpec}
     click.echo(json.dumps(models[kind].model_json_schema(), indent=1))
     return 0
 

@@ -12,25 +12,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 
 from ..exporters.audit import audit
 from ..exporters.compare import float_floor
 from ..exporters.graph import read_model
+from ..exporters.quiet import quiet
 from ..exporters.reference import logits_float32, logits_float64
 from ..exporters.simplify import simplify
 from ..exporters.stamp import stamp, write_model
 from ..exporters.to_onnx import export_onnx, program_batch
-from ..models.store import StoredNetwork, load_network
+from ..models.store import PROGRAM, load_network
 from .data.dataset import Data, open_data
-from .data.preprocess import to_input
+from .data.preprocess import preprocess_metadata, to_input
 from .errors import ExportError
 from .recipe import ExportSpec
 from .stage import Context
 
 EXPORTED, MODEL = "exported.onnx", "model.onnx"
-PROGRAM = "program.pt2"  # see models/store.py
 SAMPLES = 64  # real samples that a simplified graph must agree on (reference/toolkits.md §D)
 BATCH_SIZE = 32
 
@@ -59,22 +61,20 @@ def export_float(
     """
     stored = load_network(network_artifact)
     data = open_data(data_artifact, memory_budget_bytes=0)  # 64 samples: read from the disk
-    samples = to_input(data.train.images[data.calibration[:SAMPLES]], data.preprocess)
-    if len(samples) == 0:
+    if len(data.calibration) == 0:
         raise ExportError(
             "export: no calibration samples to hold the graph against; set data.calibration to "
             f"{SAMPLES} or more"
         )
+    samples = to_input(data.train.images[data.calibration[:SAMPLES]], data.preprocess)
     raw = context.scratch / EXPORTED
     program = _program(network_artifact)
     context.events.progress(0, 3, "torch.onnx.export")
     example = torch.from_numpy(samples[:1]).expand(2, -1, -1, -1).contiguous()
     export_onnx(program or stored.network.module, example, raw, batch=spec.batch)
 
-    module, size = stored.network.module, (program and program_batch(program)) or BATCH_SIZE
-    double, _ = logits_float64(module, samples, batch_size=size)
-    single = logits_float32(module, samples, batch_size=size)
-    floor = float_floor(double, single) if len(double) else 0.0
+    size = (program and program_batch(program)) or BATCH_SIZE
+    floor = _float_floor(stored.network.module, samples, batch_size=size)
     context.events.progress(1, 3, "simplifying" if spec.simplify else "folding")
     simplified = simplify(
         read_model(raw), samples, floor=floor, threads=context.threads, enabled=spec.simplify
@@ -85,7 +85,7 @@ def export_float(
     final = stamp(
         simplified.model,
         min_runtime=spec.min_runtime,
-        metadata={**_describe(stored, data), **metadata},
+        metadata={**_describe(data), **metadata},
     )
     write_model(final, path)
     context.events.progress(3, 3)
@@ -99,14 +99,27 @@ def export_float(
     }
 
 
+def _float_floor(module: nn.Module, samples: np.ndarray[Any, Any], *, batch_size: int) -> float:
+    """Error of float32 itself on these samples; 0 where float64 is impossible (see compare.py)."""
+    double, _ = logits_float64(module, samples, batch_size=batch_size)
+    single = logits_float32(module, samples, batch_size=batch_size)
+    return float_floor(double, single) if len(double) else 0.0
+
+
 def _program(folder: Path) -> ExportedProgram | None:
+    """The .pt2 itself, which `load_network` has inspected: only it can be exported again."""
     path = folder / PROGRAM
-    return torch.export.load(path) if path.exists() else None
+    if not path.exists():
+        return None
+    with quiet():
+        return torch.export.load(path)
 
 
-def _describe(stored: StoredNetwork, data: Data) -> dict[str, str]:
+def _describe(data: Data) -> dict[str, str]:
     """What someone needs to run the file without us, as JSON."""
     return {
         "edgestill.class_names": json.dumps(list(data.class_names), ensure_ascii=False),
-        "edgestill.preprocess": json.dumps(stored.preprocess, sort_keys=True, ensure_ascii=False),
+        "edgestill.preprocess": json.dumps(
+            preprocess_metadata(data.preprocess), sort_keys=True, ensure_ascii=False
+        ),
     }

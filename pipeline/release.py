@@ -88,11 +88,38 @@ def read_release(folder: Path) -> Report:
         if (folder / name).is_file() and name not in _manifest_hashes(manifest):
             raise IntegrityError(f"{folder / name}: is not in the manifest; run again")
     try:
-        return Report.model_validate_json((folder / REPORT).read_bytes())
-    except (ValueError, OSError) as error:
+        report = Report.model_validate_json((folder / REPORT).read_bytes())
+    except ValueError as error:
         raise IntegrityError(
             f"{folder / REPORT}: not a report this version reads: {str(error).splitlines()[0]}"
         ) from None
+    _check_samples(folder / SAMPLES, report)
+    return report
+
+
+def _check_samples(path: Path, report: Report) -> None:
+    """The counts that the gate reads must be those of the samples that they summarise."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+        labels = table["label"].to_numpy()
+        correct = {
+            role: table[f"{role}_prediction"].to_numpy() == labels
+            for pair in report.pairs
+            for role in (pair.reference, pair.candidate)
+        }
+    except (pa.ArrowException, KeyError) as error:
+        raise IntegrityError(f"{path}: does not hold the samples of {REPORT}: {error}") from None
+    for pair in report.pairs:
+        before, after = correct[pair.reference], correct[pair.candidate]
+        found = (len(labels), int((before & ~after).sum()), int((~before & after).sum()))
+        if found != (pair.n, pair.lost, pair.gained):
+            raise IntegrityError(
+                f"{path}: {pair.reference} against {pair.candidate} gives n, lost, gained = "
+                f"{found}, {REPORT} says {(pair.n, pair.lost, pair.gained)}; run again"
+            )
 
 
 def _manifest_hashes(manifest: Path) -> dict[str, str]:

@@ -11,8 +11,6 @@ from typing import Any, Literal
 
 from .recipe import Spec
 
-SCHEMA = "edgestill-report/1"
-
 Outcome = Literal["pass", "fail", "inconclusive", "invalid"]
 Role = Literal["teacher", "student", "float", "int8"]
 
@@ -134,7 +132,7 @@ class Verdict(Spec):
 class Report(Spec):
     """Everything a run found out."""
 
-    schema_version: Literal["edgestill-report/1"] = SCHEMA
+    schema_version: Literal["edgestill-report/1"] = "edgestill-report/1"
     tool_version: str
     created_utc: str
     recipe: dict[str, Any]

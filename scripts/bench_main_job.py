@@ -96,7 +96,9 @@ def cifar(work: Path) -> dict[str, Any]:
     recipe = work / "cifar10-alone.yaml"
     recipe.write_text(yaml.safe_dump(alone))
     runs = {
-        "distilled": run_compress(["run", "cifar10", "-o", str(work / "cifar10")], accept=(0, 1, 3)),
+        "distilled": run_compress(
+            ["run", "cifar10", "-o", str(work / "cifar10")], accept=(0, 1, 3)
+        ),
         "alone": run_compress(
             ["run", str(recipe), "-o", str(work / "cifar10-alone")], accept=(0, 1, 3)
         ),
@@ -160,7 +162,13 @@ def render_start(result: dict[str, Any]) -> list[str]:
         f"| `{name}` | {statistics.median(v):.3f} | {min(v):.3f}–{max(v):.3f} | {len(v)} |"
         for name, v in result["seconds"].items()
     ]
-    return ["## Answering", "", "| command | median, s | range | n |", "| --- | --- | --- | --- |", *rows]
+    return [
+        "## Answering",
+        "",
+        "| command | median, s | range | n |",
+        "| --- | --- | --- | --- |",
+        *rows,
+    ]
 
 
 def render_digits(result: dict[str, Any]) -> list[str]:
@@ -193,8 +201,14 @@ def render_cifar(result: dict[str, Any]) -> list[str]:
         stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in report["stages"].items())
         title = "Distilled" if name == "distilled" else "The same student and schedule, no teacher"
         lines += [f"### {title}", "", *model_table(report), ""]
-        lines += [f"- {c['outcome'].upper()} {c['name']}: {c['text']}" for c in report["verdict"]["checks"]]
-        lines += [f"- peak memory {run['peak_rss_bytes'] / 2**30:.2f} GiB; seconds by stage: {stages}", ""]
+        lines += [
+            f"- {c['outcome'].upper()} {c['name']}: {c['text']}"
+            for c in report["verdict"]["checks"]
+        ]
+        lines += [
+            f"- peak memory {run['peak_rss_bytes'] / 2**30:.2f} GiB; seconds by stage: {stages}",
+            "",
+        ]
     return lines
 
 
@@ -204,8 +218,14 @@ def model_table(report: dict[str, Any]) -> list[str]:
     rows = []
     for model in report["models"]:
         row = latency.get(onnx[model["role"]] or "")
-        p50 = "" if row is None else f"{row['p50_ms']:.3f} ({row['launch_p50_ms'][0]:.3f}–{row['launch_p50_ms'][1]:.3f})"
-        size = "" if model["onnx_bytes"] is None or row is None else f"{model['onnx_bytes'] / 1e3:.1f}"
+        p50 = (
+            ""
+            if row is None
+            else f"{row['p50_ms']:.3f} ({row['launch_p50_ms'][0]:.3f}–{row['launch_p50_ms'][1]:.3f})"
+        )
+        size = (
+            "" if model["onnx_bytes"] is None or row is None else f"{model['onnx_bytes'] / 1e3:.1f}"
+        )
         macs = "" if model["multiply_adds"] is None else f"{model['multiply_adds'] / 1e6:.2f}"
         rows.append(
             f"| {model['role']} | {model['runs_in']} | {100 * model['correct'] / model['n']:.2f} "

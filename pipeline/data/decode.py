@@ -25,15 +25,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from ..errors import DataError
 
 # Pillow's names, the most frequent first: it tries them in this order.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .avif "
-    ".jp2 .j2k".split()
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff")
+    + (".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k")
 )
 # Pillow's own limit for a warning: a quarter gibibyte of RGB.
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
@@ -131,7 +131,7 @@ def _open(data: bytes, where: str) -> Image.Image:
         raise DataError(f"{where}: expected an image, got an empty file")
     try:
         image = Image.open(io.BytesIO(data), formats=_formats())
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise DataError(
             f"{where}: expected an image ({', '.join(FORMATS)}), got {len(data)} bytes starting "
             f"with {data[:8]!r}"

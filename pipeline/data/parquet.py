@@ -203,6 +203,8 @@ def _to_labels(
 ) -> tuple[npt.NDArray[np.int64], tuple[str, ...], bool]:
     """(labels, class names, are the names only numbers)."""
     values = [value for part in parts for value in part]
+    if all(value is None for value in values):
+        raise DataError(f"{where}: every label is null; name another column with `label:`")
     words = sorted({value for value in values if isinstance(value, str)})
     if words:
         class_names = declared or tuple(words)
@@ -215,6 +217,11 @@ def _to_labels(
     numbers = [NO_LABEL if value is None or int(value) < 0 else int(value) for value in values]
     labels = np.array(numbers, np.int64)
     highest = int(labels.max())
+    if highest < 0:
+        raise DataError(
+            f"{where}: every label is negative, as in a test set published without labels; "
+            "give a labelled set"
+        )
     if declared is not None:
         if highest >= len(declared):
             raise DataError(

@@ -50,7 +50,7 @@ def fingerprint(spec: SourceSpec) -> str:
     size, sha256 of the bytes); digits: scikit-learn's version.
     """
     if spec.path == DIGITS:
-        import sklearn  # noqa: PLC0415 (a second to import; needed for this set alone)
+        import sklearn  # a second to import, and needed for this set alone
 
         return hashlib.sha256(f"digits {sklearn.__version__}".encode()).hexdigest()
     path = Path(spec.path)
@@ -80,15 +80,14 @@ def _holds_parquet(path: Path) -> bool:
                 f"{path.suffix or 'file without suffix'}"
             )
         return True
-    return any(not name.startswith(".") for name in _names_with_suffix(path, ".parquet"))
-
-
-def _names_with_suffix(folder: Path, suffix: str) -> list[str]:
-    return [entry.name for entry in _entries(folder) if entry.name.endswith(suffix)]
+    return any(
+        entry.name.endswith(".parquet") and not entry.name.startswith(".") and entry.is_file()
+        for entry in _entries(path)
+    )
 
 
 def _open_digits() -> Source:
-    from sklearn.datasets import load_digits  # noqa: PLC0415 (a second to import)
+    from sklearn.datasets import load_digits
 
     bunch = load_digits()
     pixels = bunch.images.astype(np.uint8)

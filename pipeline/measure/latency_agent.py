@@ -4,7 +4,7 @@ Runs as `python latency_agent.py`, on this machine or copied to a board, and obe
 
     {"do": "start", "kind": "onnx"}                      imports the runtime
     {"do": "open", "path", "inputs", "threads", "batch"} loads one network, runs it once
-    {"do": "outputs"}                                    logits of every input, and their sha256
+    {"do": "outputs", "batches"}                         logits of the first, or all; their sha256
     {"do": "warm", "least", "seconds"}                   runs until steady
     {"do": "run", "runs", "least", "seconds"}            the timed block: raw nanoseconds
     {"do": "close"}                                      drops the network; "open" may follow
@@ -48,6 +48,7 @@ STEADY = 0.02  # two windows' medians within 2 % of each other
 WINDOW_RUNS = 5  # a window has this many runs at least, so that warming takes 10 or more
 WINDOW_SECONDS = 0.02  # and lasts this at least: medians of a few microseconds would agree by luck
 LEAD_IN_RUNS = 3  # untimed, at the head of a block: caches and clock come back after idling
+LEAD_IN_SECONDS = 0.1  # a run that takes this long has brought them back by itself
 QUIET_STEP_SECONDS = 0.005
 QUIET_SHARE = 0.2  # of one CPU; a spinning thread takes all of it, a sleeping one 0.6 %
 QUIET_CAP_SECONDS = 10.0
@@ -100,10 +101,11 @@ class Agent:
             **_wait_until_quiet(),
         }
 
-    def outputs(self) -> dict[str, Any]:
+    def outputs(self, batches: Optional[int] = None) -> dict[str, Any]:  # noqa: UP045
         opened = self._network()
-        batches = [np.asarray(opened.call(feed), dtype=np.float32) for feed in opened.feeds]
-        logits = np.ascontiguousarray(np.concatenate(batches)[: opened.images])
+        feeds = opened.feeds[:batches]
+        batches_of_logits = [np.asarray(opened.call(feed), dtype=np.float32) for feed in feeds]
+        logits = np.ascontiguousarray(np.concatenate(batches_of_logits)[: opened.images])
         raw = logits.astype("<f4").tobytes()
         return {
             "shape": list(logits.shape),
@@ -113,10 +115,10 @@ class Agent:
         }
 
     def warm(self, seconds: float) -> dict[str, Any]:
-        """Windows of runs, until two in a row agree or `seconds` are over (one window at least)."""
+        """Windows of runs, until two in a row agree or `seconds` are over; two at least."""
         begin = time.perf_counter()
         runs, steady, before = 0, False, float("inf")
-        while not steady and (runs == 0 or time.perf_counter() - begin < seconds):
+        while not steady and (runs < 2 * WINDOW_RUNS or time.perf_counter() - begin < seconds):
             window = self._timed(sys.maxsize, least=WINDOW_RUNS, seconds=WINDOW_SECONDS)
             middle = statistics.median(window)
             steady = abs(middle - before) <= STEADY * middle
@@ -126,7 +128,7 @@ class Agent:
 
     def run(self, runs: int, least: int, seconds: float) -> dict[str, Any]:
         """Up to `runs` timed runs, `least` in any case, none begun after `seconds`."""
-        self._timed(LEAD_IN_RUNS, seconds=seconds)
+        self._timed(LEAD_IN_RUNS, seconds=LEAD_IN_SECONDS)
         cpu = time.process_time()
         durations = self._timed(runs, least=least, seconds=seconds)
         cpu = time.process_time() - cpu
@@ -214,6 +216,7 @@ def _open_torch(path: str, images: np.ndarray, threads: int, batch: int) -> Open
     module = network.module
     if network.trainable:  # an exported program has its mode baked in and refuses eval()
         module.eval()
+    batch = getattr(network, "fixed_batch", None) or batch  # an exported program may fix its own
     feeds = [torch.from_numpy(images_of_feed) for images_of_feed in _batches(images, batch)]
 
     def call(feed: Any) -> Any:
@@ -289,7 +292,7 @@ def _listen(commands: queue.Queue[bytes]) -> None:
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
-    pass
+    os.dup2(2, 1)  # from here on, prints of libraries, C code included, go to standard error
     commands: queue.Queue[bytes] = queue.Queue()
     threading.Thread(target=_listen, args=(commands,), daemon=True).start()
     agent = Agent()

@@ -39,8 +39,11 @@ BATCH_SIZE = 32
 ODD_BATCHES = (1, 2, 7)  # one, the exporter's example, and one that divides nothing
 REAL_SAMPLES = 64  # fewer say too little (reference/toolkits.md §D)
 # Fused int8 kernels round once where the unfused graph rounds twice, so logits differ by up to 4
-# steps (design.md §6) and a near tie may turn over: answers are judged, not values.
-INT8_AGREEMENT = 0.98
+# steps and a near tie may turn over: answers are judged, not values. Public CIFAR ResNets turn
+# over 0.3 to 0.4 % of 3,000 images; so 2 % is a fault, and of few samples two may turn by chance
+# (3 of 66 would at that rate happen once in 400). A tie closer than what int8 itself costs is no
+# answer to keep: nets with flat logits would fail on nothing but those.
+INT8_AGREEMENT, INT8_CHANCE_FLIPS = 0.98, 2
 
 FLOAT64, FLOAT32 = "torch float64", "torch float32"
 EXPORTED_OFF, EXPORTED_ON = "exported, optimizations off", "exported, optimizations on"
@@ -90,21 +93,19 @@ def climb_ladder(
     def logits(path: Path, *, optimize: bool) -> Array:
         return run_batches(open_session(path, threads=threads, optimize=optimize), inputs, size)
 
+    steps = [(EXPORTED_OFF, exported, False), (EXPORTED_ON, exported, True)]
     above_name, above = FLOAT32, single
-    for name, path, optimize in (
-        (EXPORTED_OFF, exported, False),
-        (EXPORTED_ON, exported, True),
-        (FINAL, final_float, True),
-    ):
+    for name, path, optimize in [*steps, (FINAL, final_float, True)]:
         found = logits(path, optimize=optimize)
         rungs.append(_float_rung(name, above_name, above, found, floor))
         _note_root(rungs[-1], root_name, root, found)
         above_name, above = name, found
     if int8 is not None:
         off, on = logits(int8, optimize=False), logits(int8, optimize=True)
-        rungs.append(_int8_rung(INT8_OFF, FINAL, above, off, limit=None))
+        rungs.append(_against_float(INT8_OFF, FINAL, above, off))
         _note_root(rungs[-1], root_name, root, off)
-        rungs.append(_int8_rung(INT8_ON, INT8_OFF, off, on, limit=INT8_AGREEMENT))
+        noise = _noise(above, off)
+        rungs.append(_same_answers(INT8_ON, INT8_OFF, off, on, noise=noise))
         _note_root(rungs[-1], root_name, root, on)
     if fixed is None:
         rungs += _batch_rungs(final_float, int8, inputs, floor=floor, threads=threads)
@@ -140,15 +141,35 @@ def _float_rung(name: str, above: str, reference: Array, found: Array, floor: fl
     )  # fmt: skip
 
 
-def _int8_rung(
-    name: str, above: str, reference: Array, found: Array, *, limit: float | None
-) -> Rung:
+def _against_float(name: str, above: str, reference: Array, found: Array) -> Rung:
+    """int8 differs from float by design: it must be comparable and finite."""
+    note = "must be finite; accuracy is the gate's question"
+    return _rung(name, above, compare(reference, found), tolerance=None, passed=True, note=note)
+
+
+def _same_answers(name: str, above: str, reference: Array, found: Array, *, noise: float) -> Rung:
+    """The same int8 file run another way: the answers must be the same but for near ties.
+
+    noise: what int8 costs one logit, root mean square. A pair of logits is a near tie when they
+        are closer than √2·noise, the error of their difference.
+    """
     agreement = compare(reference, found)
-    judged, note = True, "finite is required; accuracy is the gate's question"
-    if limit is not None:
-        judged = agreement.top1_agreement is not None and agreement.top1_agreement >= limit
-        note = f"top-1 agreement of {limit:.0%} is required: kernels round at different places"
-    return _rung(name, above, agreement, tolerance=None, passed=judged, note=note)
+    passed, note = False, ""
+    if agreement.problem is None:
+        rows = np.arange(len(reference))
+        margin = reference.max(1) - reference[rows, found.argmax(1)]
+        differ, clear = int((margin > 0).sum()), int((margin > np.sqrt(2) * noise).sum())
+        allowed = max(INT8_CHANCE_FLIPS, int(agreement.n * (1 - INT8_AGREEMENT)))
+        passed = clear <= allowed
+        note = f"{differ} answers differ, {clear} of them by more than int8's noise; {allowed} may"
+    return _rung(name, above, agreement, tolerance=None, passed=passed, note=note)
+
+
+def _noise(floating: Array, int8: Array) -> float:
+    """Root mean square of int8's own error; 0 where it cannot be told, which excuses nothing."""
+    if compare(floating, int8).problem is not None:
+        return 0.0
+    return float(np.sqrt(np.mean(np.square(floating.astype(np.float64) - int8))))
 
 
 def _batch_rungs(
@@ -164,7 +185,7 @@ def _batch_rungs(
         for size, found in zip(ODD_BATCHES[1:], others, strict=True):
             name = f"{kind}, batch {size}"
             if kind == "int8":
-                yield _int8_rung(name, above, single, found, limit=INT8_AGREEMENT)
+                yield _same_answers(name, above, single, found, noise=0.0)
             else:
                 yield _float_rung(name, above, single, found, floor)
 

@@ -328,7 +328,7 @@ def test_a_hang_ends_with_a_time_limit(
     agent("import time\ntime.sleep(600)")
     monkeypatch.setattr(agent_process, "ANSWER_SECONDS", 0.2)
 
-    with pytest.raises(RuntimeFailure, match="no answer to `start` within 0.2 s"):
+    with pytest.raises(RuntimeFailure, match=r"no answer to `start` within 0\.2 s"):
         measure([Row("A", "onnx", tmp_path)], inputs)
 
 
@@ -351,9 +351,13 @@ def test_exit_statuses_and_unnamed_signals_are_told_apart() -> None:
 def test_no_child_is_left_behind_when_the_measurement_is_interrupted() -> None:
     started: list[Child] = []
 
-    with pytest.raises(KeyboardInterrupt), running([("A", "onnx"), ("B", "onnx")]) as children:
-        started += children
-        raise KeyboardInterrupt
+    def be_interrupted() -> None:
+        with running([("A", "onnx"), ("B", "onnx")]) as children:
+            started.extend(children)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        be_interrupted()
 
     assert [child.process.returncode for child in started] == [-signal.SIGKILL] * 2
 

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from edgestill.exporters.graph import read_model
@@ -13,6 +14,7 @@ from edgestill.exporters.rewrites import normalise
 from edgestill.exporters.stamp import write_model
 from edgestill.exporters.to_onnx import export_onnx
 from edgestill.pipeline.errors import ExportError
+from edgestill.pipeline.verify import parity
 from edgestill.pipeline.verify.parity import climb_ladder
 from onnx import numpy_helper
 from torch import nn
@@ -212,3 +214,37 @@ def test_an_unstable_net_fails_its_own_first_rung(built, samples):
     _, folder = built
     rungs = climb(Cancels(), folder, samples, int8=None)
     assert rungs[0]["rung"] in failed(rungs)
+
+
+@pytest.mark.parametrize(
+    ("n", "flips", "passed"), [(66, 2, True), (66, 3, False), (1000, 20, True), (1000, 21, False)]
+)
+def test_int8_kernels_may_disagree_on_two_percent_and_by_chance_on_two(n, flips, passed):
+    reference = np.tile([1.0, 0.0], (n, 1))
+    found = reference.copy()
+    found[:flips] = found[:flips, ::-1]
+    rung = parity._same_answers("on", "off", reference, found, noise=0.5)
+    assert rung["passed"] is passed
+    assert f"{flips} answers differ" in rung["note"]
+
+
+def test_ties_closer_than_int8s_noise_are_no_answers():
+    reference, found = np.tile([1.0, 0.0], (66, 1)), np.tile([0.0, 1.0], (66, 1))
+    assert parity._same_answers("on", "off", reference, found, noise=0.8)["passed"]
+    assert not parity._same_answers("on", "off", reference, found, noise=0.6)["passed"]
+
+
+def test_int8_that_computes_something_else_fused_fails(built, samples, monkeypatch):
+    """What a saturating kernel would do: optimized logits far from the unoptimized ones."""
+    net, folder = built
+    run = parity.run_batches
+
+    def shuffled(session, inputs, batch_size):
+        logits = run(session, inputs, batch_size)
+        on = session.get_session_options().graph_optimization_level
+        is_int8 = "int8" in session._model_path
+        fused = on == ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        return np.roll(logits, 1, axis=1) if is_int8 and fused else logits
+
+    monkeypatch.setattr(parity, "run_batches", shuffled)
+    assert failed(climb(net, folder, samples)) == ["int8, optimizations on"]

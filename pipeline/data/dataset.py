@@ -1,0 +1,193 @@
+"""What the data stage leaves in its folder, and how the other stages open it.
+
+    data.json                       class names, preprocessing (mean and std filled in), statistics
+    PART.images.npy                 uint8 (N, H, W, C), canvases; PART: train, validation, test
+    PART.labels.npy                 int64 (N,)
+    PART.hashes.npy                 uint8 (N, 16), content of the full-size image
+    PART.names.json                 where each image came from
+    calibration.npy                 int64, indices into train
+
+Equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import IntegrityError
+from ..recipe import PreprocessSpec
+from ..workspace import write_atomically
+from .preprocess import input_size
+
+FORMAT = 1
+PARTS = ("train", "validation", "test")
+_ROWS_AT_ONCE = 1024  # bounds what is copied at a time
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """N labelled images of one size.
+
+    Attributes:
+        images: uint8 (N, H, W, C), an array or a read-only memmap.
+        labels: int64 (N,).
+        ids: int64 (N,): the first 8 bytes of the content hash, big-endian, signed.
+        hashes: (N,) content hashes, 32 hexadecimal digits.
+        names: (N,) where each image came from, relative to its set; or None.
+    """
+
+    images: Array
+    labels: npt.NDArray[np.int64]
+    ids: npt.NDArray[np.int64]
+    hashes: Array
+    names: Sequence[str] | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """The three sets of a recipe, and what the networks must know about them.
+
+    Attributes:
+        calibration: int64 indices into train, in random order: any prefix is a fair sample.
+        preprocess: with crop, mean and std filled in.
+        input_shape: (C, h, w) of the network's input.
+        stats: what the data stage reported, but for the times.
+    """
+
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    calibration: npt.NDArray[np.int64]
+    class_names: tuple[str, ...]
+    preprocess: PreprocessSpec
+    input_shape: tuple[int, int, int]
+    stats: dict[str, Any]
+
+
+def open_data(folder: Path, *, memory_budget_bytes: int) -> Data:
+    """The sets in a data stage's folder; resident if all images fit the budget, else mapped.
+
+    Raises:
+        IntegrityError: a file is missing or not of this format.
+    """
+    path = folder / "data.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if about["format"] != FORMAT:
+            raise IntegrityError(
+                f"{path}: expected format {FORMAT}, got {about['format']}; run with --fresh"
+            )
+        size = sum((folder / f"{part}.images.npy").stat().st_size for part in PARTS)
+        mapped = size > memory_budget_bytes
+        train, validation, test = (_open_set(folder, part, mapped=mapped) for part in PARTS)
+        calibration = _load(folder / "calibration.npy")
+        preprocess = PreprocessSpec.model_validate(about["preprocess"])
+        class_names, stats = tuple(about["class_names"]), about["stats"]
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise IntegrityError(
+            f"{folder}: expected the files of the data stage, got: {error}; run with --fresh"
+        ) from error
+    height, width = input_size(preprocess, (train.images.shape[1], train.images.shape[2]))
+    return Data(
+        train=train,
+        validation=validation,
+        test=test,
+        calibration=calibration,
+        class_names=class_names,
+        preprocess=preprocess,
+        input_shape=(preprocess.channel_count, height, width),
+        stats=stats,
+    )
+
+
+def ids_of(digests: Array) -> npt.NDArray[np.int64]:
+    """uint8 (N, 16) content hashes → int64 (N,)."""
+    head = np.ascontiguousarray(digests[:, :8]).view(">i8").ravel()
+    return head.astype(np.int64)
+
+
+def write_set(
+    folder: Path,
+    part: str,
+    *,
+    images: Array,
+    rows: Array,
+    labels: Array,
+    digests: Array,
+    names: Sequence[str],
+) -> None:
+    """The files of one part.
+
+    Args:
+        images: uint8 (M, H, W, C), of which `rows` (N,) are written, in that order.
+        labels, digests, names: of the rows written, (N,), (N, 16), (N,).
+    """
+    stored = np.lib.format.open_memmap(
+        folder / f"{part}.images.npy",
+        mode="w+",
+        dtype=np.uint8,
+        shape=(len(rows), *images.shape[1:]),
+    )
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        stored[start : start + _ROWS_AT_ONCE] = images[rows[start : start + _ROWS_AT_ONCE]]
+    stored.flush()
+    np.save(folder / f"{part}.labels.npy", np.asarray(labels, np.int64))
+    np.save(folder / f"{part}.hashes.npy", np.asarray(digests, np.uint8))
+    write_json(folder / f"{part}.names.json", list(names))
+
+
+def write_header(
+    folder: Path,
+    *,
+    class_names: Sequence[str],
+    preprocess: PreprocessSpec,
+    calibration: Array,
+    stats: Mapping[str, Any],
+) -> None:
+    """`calibration.npy` and, last, `data.json`."""
+    np.save(folder / "calibration.npy", np.asarray(calibration, np.int64))
+    about = {
+        "format": FORMAT,
+        "class_names": list(class_names),
+        "preprocess": preprocess.model_dump(mode="json"),
+        "stats": stats,
+    }
+    write_json(folder / "data.json", about)
+
+
+def write_json(path: Path, value: object) -> None:
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+    write_atomically(path, text.encode())
+
+
+def _open_set(folder: Path, part: str, *, mapped: bool) -> ImageSet:
+    images = _load(folder / f"{part}.images.npy", mapped=mapped)
+    labels = _load(folder / f"{part}.labels.npy")
+    digests = _load(folder / f"{part}.hashes.npy")
+    names = json.loads((folder / f"{part}.names.json").read_text(encoding="utf-8"))
+    if not len(images) == len(labels) == len(digests) == len(names):
+        raise IntegrityError(f"{folder}: the files of {part} differ in length; run with --fresh")
+    text = digests.tobytes().hex()
+    return ImageSet(
+        images=images,
+        labels=labels,
+        ids=ids_of(digests),
+        hashes=np.array([text[at : at + 32] for at in range(0, len(text), 32)]),
+        names=names,
+    )
+
+
+def _load(path: Path, *, mapped: bool = False) -> Any:
+    return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
