@@ -149,9 +149,10 @@ def _hidden_code(graph: Any, payloads: list[dict[str, Any]], sample: bytes) -> s
         if payload["use_pickle"] or not _PAYLOAD.fullmatch(payload["path_name"]):
             return f"pickled object {payload['path_name']}"
     try:
-        if sample:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about formats; what cannot be read is refused
             torch.load(io.BytesIO(sample), weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError):
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError):
         return "its sample inputs are no tensors"
     for key, value in _leaves(graph):
         if key == "target" and not _OPERATOR.fullmatch(value):

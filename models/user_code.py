@@ -247,17 +247,25 @@ def call_factory(
         aliases = {"classes", "num_classes"}
         taken = set(args) | (aliases if aliases & set(args) else set())
         given |= {k: v for k, v in offered.items() if k in signature.parameters and k not in taken}
-        try:
-            signature.bind(**given)
-        except TypeError as error:
-            named = [
-                str(p).partition(":")[0].partition("=")[0] for p in signature.parameters.values()
-            ]
-            raise ModelError(
-                f"{where}: {error}; it takes ({', '.join(named)}), and `args` gives "
-                f"{sorted(args) or 'nothing'}"
-            ) from None
+        _check_arguments(signature, given, args, where)
     return factory(**given)
+
+
+def _check_arguments(
+    signature: inspect.Signature, given: Mapping[str, Any], args: Mapping[str, Any], where: str
+) -> None:
+    parameters = signature.parameters
+    takes = f"it takes ({', '.join(parameters)}), and `args` gives {sorted(args) or 'nothing'}"
+    is_open = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = [] if is_open else [name for name in args if name not in parameters]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], parameters, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise ModelError(f"{where}: no argument {unknown[0]!r}{meant}; {takes}")
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        raise ModelError(f"{where}: {error}; {takes}") from None
 
 
 def _signature(factory: Callable[..., Any]) -> inspect.Signature | None:

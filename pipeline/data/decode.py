@@ -31,10 +31,9 @@ from ..errors import DataError
 
 # Pillow's names, the most frequent first: it tries them in this order.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
-SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff")
-    + (".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k")
-)
+_COMMON = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib")
+_RARE = (".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".jp2", ".j2k")
+SUFFIXES = frozenset((*_COMMON, *_RARE))
 # Pillow's own limit for a warning: a quarter gibibyte of RGB.
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
 
@@ -61,7 +60,7 @@ _BROKEN = (
     EOFError,
     ArithmeticError,
     AttributeError,
-    NotImplementedError,
+    RuntimeError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
@@ -107,7 +106,9 @@ def probe_in_thread(data: bytes, *, where: str) -> tuple[tuple[int, int], bool]:
     """
     image = _open(data, where)
     width, height = image.size
-    size = (width, height) if _orientation(image) in _TURNS_SIDES else (height, width)
+    # Pillow's TIFF reader turns the image itself, and its size already when it opens the file
+    turned = image.format != "TIFF" and _orientation(image) in _TURNS_SIDES
+    size = (width, height) if turned else (height, width)
     return size, image.mode in _GREY_MODES or _is_16_bit(image)
 
 

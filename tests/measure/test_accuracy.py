@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from edgestill.exporters.to_onnx import export_onnx
 from edgestill.pipeline.data.dataset import ImageSet
 from edgestill.pipeline.errors import MeasurementError
 from edgestill.pipeline.measure.accuracy import (
@@ -105,15 +106,7 @@ def test_measuring_leaves_weights_and_buffers_as_they_are() -> None:
 def test_torch_and_onnxruntime_see_the_same_images(tmp_path: Path) -> None:
     module = net().eval()
     path = tmp_path / "net.onnx"
-    torch.onnx.export(
-        module,
-        (torch.zeros(2, 3, 4, 4),),
-        path,
-        dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        external_data=False,
-        verbose=False,
-    )
+    export_onnx(module, torch.zeros(2, 3, 4, 4), path, batch="dynamic")
 
     onnx = logits_of_onnx(path, image_set(), PREPROCESS, threads=1, batch_size=3)
 

@@ -61,7 +61,7 @@ def project(folder: Path, mark: float, *, package: bool = True) -> Path:
             "        return 0 * self.fc(x.flatten(1)) + mark()\n"
         ),
         "models/layers.py": "import torch\ndef head(n):\n    return torch.nn.Linear(48, n)\n",
-        "models/lazy.py": f"from models import later\ndef mark():\n    return {mark} + later.zero\n",
+        "models/lazy.py": f"from . import later\ndef mark():\n    return {mark} + later.zero\n",
         "models/later.py": "zero = 0\n",
     }  # fmt: skip
     return written(folder, files | ({"models/__init__.py": ""} if package else {}))
@@ -159,7 +159,8 @@ def test_data_folder_named_like_a_library_does_not_hide_the_library(tmp_path: Pa
         "net.py": "import yaml, torch\n"
                   "assert yaml.safe_load('1') == 1\n"
                   "def make(classes):\n"
-                  "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, classes))\n",
+                  "    return torch.nn.Sequential(torch.nn.Flatten(),"
+                  " torch.nn.Linear(48, classes))\n",
         "yaml/a.txt": "data",
         "random/code.py": "",
     })  # fmt: skip
@@ -201,7 +202,7 @@ def test_arguments_of_the_recipe_win_over_what_is_offered(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("args", "message"),
-    [({"dept": 3}, r"unexpected keyword argument 'dept'; it takes \(depth, classes\).*\['dept'\]"),
+    [({"dept": 3}, r"no argument 'dept' \(did you mean depth\?\); it takes \(depth, classes\)"),
      ({}, r"missing a required argument: 'depth'; it takes \(depth, classes\).*nothing")],
 )  # fmt: skip
 def test_arguments_that_do_not_fit_are_told_with_the_signature(
