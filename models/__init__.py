@@ -1,6 +1,7 @@
 """Networks and where they come from.
 
     zoo.py        the table of our own nets, and how their arguments are checked
+    cifar_resnet.py, resnet.py, mobilenet.py, plain.py   the nets; layers.py: what they share
     source.py     a reference (zoo name, FILE.py:factory, FILE.pt2) → a network that ran once
     user_code.py  a user's own module, isolated from everybody else's modules of the same name
     program.py    a .pt2 file, read without running code hidden in it

@@ -2,7 +2,7 @@
 
     resnet56              a name of the zoo
     /dir/net.py:factory   a user's own function or class; called with `args`, and with `classes` or
-                          `num_classes` and `in_channels` if it names them
+                          `num_classes`, `in_channels` and `input_shape` if it names them
     /dir/net.pt2          torch.export.save; cannot be trained
 
 Weights come from `weights.py`; here they are initialised, from the given seed alone.
@@ -91,7 +91,8 @@ def _open_user_code(
 ) -> Network:
     file, _, name = reference.rpartition(":") if ".py:" in reference else (reference, "", "")
     factory, world = open_factory(Path(file), name)
-    offered = {"classes": classes, "num_classes": classes, "in_channels": input_shape[0]}
+    offered = {"classes": classes, "num_classes": classes, "in_channels": input_shape[0],
+               "input_shape": input_shape}  # fmt: skip
     with blaming(world, reference), world.entered():
         module = call_factory(factory, args, offered=offered, where=reference)
     _check_module(module, reference)

@@ -267,7 +267,8 @@ def _latency_markdown(report: Report) -> str:
         for row in report.latency
     ]
     cpu = report.environment.get("cpu_model") or "unknown CPU"
-    title = f"## Latency on {cpu}, batch 1"
+    batch = report.recipe["export"]["batch"]
+    title = f"## Latency on {cpu}, batch {1 if batch == 'dynamic' else batch}"
     return "\n".join([title, "", *_markdown_rows(header, rows)])
 
 

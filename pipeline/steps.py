@@ -92,10 +92,15 @@ def begin(recipe: Recipe, root: Path, *, events: Events, fresh: bool) -> Work:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("compute.device: cuda is asked for, and torch sees no CUDA device here")
+    threads = compute.threads or available_threads()
+    if threads > available_threads():
+        raise RecipeError(
+            f"compute.threads: {threads} asked for, this process may use {available_threads()}"
+        )
     workspace = Workspace(
         root,
         seed=recipe.seed,
-        threads=compute.threads or available_threads(),
+        threads=threads,
         device=device,
         events=events,
         identity={
@@ -250,7 +255,8 @@ def measure_latency(work: Work, data: Artifact, models: Models) -> Latency:
     events.started("latency")
     begun = time.monotonic()
     opened = _open(work, data)
-    inputs = to_input(opened.test.images[:LATENCY_INPUTS], opened.preprocess)
+    some = opened.calibration[:LATENCY_INPUTS]
+    inputs = to_input(opened.train.images[some], opened.preprocess)
     onnx = {"float": models.floating} | ({"int8": models.deployed} if models.is_quantized else {})
     torch_nets = {"student": models.student}
     if models.teacher is not None and models.teacher_onnx is not None:

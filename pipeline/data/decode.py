@@ -4,7 +4,7 @@ Decided here, once, for every reader:
 
 * the EXIF orientation is applied; EXIF that cannot be read turns nothing
 * transparency (alpha, palette or colour key) is laid on white
-* CMYK and YCCK become RGB; Adobe's inverted JPEGs are turned back by Pillow's own reader
+* CMYK and YCCK become RGB; Pillow's reader takes every CMYK JPEG as inverted, as Adobe writes them
 * 16 bits a channel become 8 by dropping the low byte; 32-bit and float pixels are refused, because
   their range is not known
 * of an animation the first frame counts

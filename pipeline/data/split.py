@@ -45,10 +45,11 @@ def split_part(
     seed: int,
     part: str,
     class_names: tuple[str, ...],
+    leave: int = 1,
 ) -> npt.NDArray[np.bool_]:
     """Which images go to `part`: about `fraction` of the distinct images of each class.
 
-    Each class keeps at least one distinct image on either side. An image that occurs under two
+    Each class gives at least one distinct image and keeps at least `leave`. An image that occurs under two
     labels is counted with the smaller one.
 
     Returns:
@@ -65,9 +66,9 @@ def split_part(
     for label in range(len(class_names)):
         members = order[home[order] == label]
         count = max(1, round(fraction * len(members)))
-        taken[members[: min(count, len(members) - 1)]] = True
+        taken[members[: max(0, min(count, len(members) - leave))]] = True
     chosen: npt.NDArray[np.bool_] = taken[group]
-    _check_both_sides(labels, chosen, part=part, class_names=class_names)
+    _check_both_sides(labels, chosen, part=part, class_names=class_names, needed=1 + leave)
     return chosen
 
 
@@ -103,7 +104,12 @@ def _distinct(digests: Digests) -> tuple[Indices, Indices]:
 
 
 def _check_both_sides(
-    labels: Labels, chosen: npt.NDArray[np.bool_], *, part: str, class_names: tuple[str, ...]
+    labels: Labels,
+    chosen: npt.NDArray[np.bool_],
+    *,
+    part: str,
+    class_names: tuple[str, ...],
+    needed: int,
 ) -> None:
     inside = np.bincount(labels[chosen], minlength=len(class_names))
     outside = np.bincount(labels[~chosen], minlength=len(class_names))
@@ -114,6 +120,6 @@ def _check_both_sides(
     ]
     if short:
         raise DataError(
-            f"data.{part}: too few distinct images to have some in {part} and some in train: "
-            f"{listing(short)}; add images, or give {part} as a set of its own"
+            f"data.{part}: a class needs at least {needed} distinct images to be in every part, "
+            f"which these lack: {listing(short)}; add images, or give {part} as a set of its own"
         )

@@ -205,10 +205,17 @@ def _split(
     for part, wanted in (("test", spec.test), ("validation", spec.validation)):
         if isinstance(wanted, SourceSpec):
             continue
+        more = part == "test" and not isinstance(spec.validation, SourceSpec)
         fraction = wanted.fraction if isinstance(wanted, SplitSpec) else wanted
         rest = parts["train"]
         taken = split_part(
-            rest.digests, rest.labels, fraction, seed=seed, part=part, class_names=class_names
+            rest.digests,
+            rest.labels,
+            fraction,
+            seed=seed,
+            part=part,
+            class_names=class_names,
+            leave=2 if more else 1,
         )
         parts[part] = _Part(rest.of, rest.chosen[taken])
         parts["train"] = _Part(rest.of, rest.chosen[~taken])

@@ -20,12 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...models.source import Network
 from ..data.augment import AUGMENT_VERSION, Views
 from ..data.dataset import Data
 from ..data.preprocess import preprocess_metadata
 from ..errors import IntegrityError
+from ..measure.accuracy import run_module
 from ..recipe import DistillSpec
 from ..stage import Context
 from ..train.precision import Precision
@@ -105,7 +107,7 @@ def open_labels(folder: Path, *, expected: Mapping[str, Any]) -> LabelStore:
 
 def compare_live(
     store: LabelStore,
-    module: nn.Module,
+    network: Network,
     views: Views,
     *,
     precision: Precision,
@@ -124,7 +126,7 @@ def compare_live(
         indices = torch.from_numpy(chosen[view :: store.views].copy())
         if len(indices) == 0:
             continue
-        live = forward(module, views, indices, view=view, precision=precision, context=context)
+        live = forward(network, views, indices, view=view, precision=precision, context=context)
         stored = store.rows(indices, view=view)
         limit = TOLERANCE[precision.name] * float(live.abs().max())
         worst = max(worst, float((live - stored).abs().max()))
@@ -157,7 +159,7 @@ def network_sha256(folder: Path) -> str:
 
 
 def forward(
-    module: nn.Module,
+    network: Network,
     views: Views,
     indices: Tensor,
     *,
@@ -168,7 +170,7 @@ def forward(
     """Teacher logits of one batch, (B, C) float32 on the CPU."""
     batch = views.batch(indices, view=view)
     with torch.inference_mode(), precision.autocast(context.device):
-        logits: Tensor = module(batch.inputs)
+        logits = run_module(network.module, batch.inputs, fixed_batch=network.fixed_batch)
     return logits.float().cpu()
 
 

@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ...exporters.reference import evaluating
+from ...models.source import Network
 from ...models.store import load_network
 from ..data.augment import Views
 from ..data.dataset import Data, open_data
 from ..errors import ModelError, WeightsError
-from ..measure.accuracy import evaluating
 from ..recipe import DistillSpec
 from ..stage import Context
 from ..train.average import tensors_of
@@ -69,20 +70,21 @@ def store_labels(
         ModelError: the teacher changes its own buffers in eval mode.
     """
     data = open_data(data_artifact, memory_budget_bytes=memory_budget_bytes)
-    module = load_network(teacher_artifact).network.module.to(context.device)
+    network = load_network(teacher_artifact).network
+    module = network.module.to(context.device)
     views = Views(data.train, data.preprocess, spec.augment, context.seed, context.device)
     before = digest(tensors_of(module))
     with reproducible(threads=context.threads, device=context.device), evaluating(module):
-        precision, doubt = _label_precision(module, views, spec, data=data, context=context)
+        precision, doubt = _label_precision(network, views, spec, data=data, context=context)
         header = describe(spec, data, seed=context.seed, teacher=network_sha256(teacher_artifact))
         header["precision"] = precision.name
         kept = _take_up(context, header)
         start = time.perf_counter()
-        _label_views(module, views, header, precision=precision, context=context)
+        _label_views(network, views, header, precision=precision, context=context)
         seconds = time.perf_counter() - start
         arrays = open_arrays(context.resume, header)
         live = compare_live(
-            LabelStore(header, arrays), module, views, precision=precision, context=context
+            LabelStore(header, arrays), network, views, precision=precision, context=context
         )
     if digest(tensors_of(module)) != before:
         raise ModelError(
@@ -107,16 +109,18 @@ def store_labels(
 
 
 def _label_precision(
-    module: nn.Module, views: Views, spec: DistillSpec, *, data: Data, context: Context
+    network: Network, views: Views, spec: DistillSpec, *, data: Data, context: Context
 ) -> tuple[Precision, float | None]:
     """The precision to label in, and bf16's measured agreement with fp32 if it was a choice."""
+    if not network.trainable:
+        return Precision("fp32", "a captured program keeps its own number formats"), None
     wanted = choose_precision(spec.precision, device=context.device)
     if spec.precision != "auto" or wanted.name == "fp32":
         return wanted, None
     rows = len(data.train.labels)
     indices = torch.from_numpy(np.linspace(0, rows - 1, min(CHECKED, rows)).astype(np.int64))
     exact, rough = (
-        forward(module, views, indices, view=0, precision=precision, context=context).argmax(1)
+        forward(network, views, indices, view=0, precision=precision, context=context).argmax(1)
         for precision in (Precision("fp32", ""), wanted)
     )
     agreement = float((exact == rough).double().mean())
@@ -140,7 +144,7 @@ def _take_up(context: Context, header: Mapping[str, Any]) -> int:
 
 
 def _label_views(
-    module: nn.Module,
+    network: Network,
     views: Views,
     header: Mapping[str, Any],
     *,
@@ -160,7 +164,7 @@ def _label_views(
             for start in range(0, rows, BATCH):
                 indices = torch.arange(start, min(start + BATCH, rows))
                 logits = forward(
-                    module, views, indices, view=view, precision=precision, context=context
+                    network, views, indices, view=view, precision=precision, context=context
                 )
                 file.write(_to_half(logits).tobytes())
                 done = view * rows + start + len(indices)

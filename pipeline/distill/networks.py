@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from ...models.source import Network, open_network
 from ...models.store import count_parameters, save_network
@@ -46,7 +45,7 @@ def build(
 
 
 def measure_validation(
-    module: nn.Module, data: Data, *, context: Context, where: str
+    network: Network, data: Data, *, context: Context, where: str
 ) -> tuple[dict[str, Any], Array]:
     """Accuracy on validation, in eval mode and float32; also the confusion counts (C, C).
 
@@ -55,7 +54,12 @@ def measure_validation(
     """
     labels = data.validation.labels
     logits = logits_of_module(
-        module, data.validation, data.preprocess, device=context.device, name=where
+        network.module,
+        data.validation,
+        data.preprocess,
+        device=context.device,
+        fixed_batch=network.fixed_batch,
+        name=where,
     )
     found = {
         "n": len(labels),

@@ -59,7 +59,7 @@ def train_student(
     with reproducible(threads=context.threads, device=context.device):
         network, report = build(spec, data, context=context, where="student")
         training = _train(network.module, spec, distill, data=data, labels=labels, context=context)
-        found, counts = measure_validation(network.module, data, context=context, where="student")
+        found, counts = measure_validation(network, data, context=context, where="student")
     given = training is None
     if given:
         check_class_order(counts, data.class_names)

@@ -38,6 +38,7 @@ ORDER_GAIN = 0.20
 ORDER_ACCURACY = 0.50
 ORDER_SHARE = 0.60  # of the reordered accuracy; an accuracy above it is no mix-up
 ORDER_SAMPLES_PER_CLASS = 5
+SHOWN = 12  # moved classes named in the message
 
 
 def prepare_teacher(
@@ -57,7 +58,7 @@ def prepare_teacher(
         if spec.train is not None:
             task = supervised(data, spec.train, context=context)
             training = fit(network.module, task, spec.train, context=context)
-        found, counts = measure_validation(network.module, data, context=context, where="teacher")
+        found, counts = measure_validation(network, data, context=context, where="teacher")
     if training is None:
         check_class_order(counts, data.class_names)
     if spec.min_accuracy is not None and found["accuracy"] < spec.min_accuracy:
@@ -115,11 +116,12 @@ def check_class_order(confusion: Array, class_names: Sequence[str]) -> None:
         for name, output in zip(class_names, order.output_of, strict=True)
         if class_names[output] != name
     ]
-    shown = "; ".join(moved[:12]) + (f"; and {len(moved) - 12} more" if len(moved) > 12 else "")
+    more = f"; and {len(moved) - SHOWN} more" if len(moved) > SHOWN else ""
+    by_output = {output: name for name, output in zip(class_names, order.output_of, strict=True)}
+    wanted = ", ".join(by_output[output] for output in range(len(class_names)))
     raise WeightsError(
-        f"class order: expected the outputs in the data's order, {', '.join(class_names[:12])}"
-        f"{', …' if len(class_names) > 12 else ''}; got {100 * order.accuracy:.1f} % on "
-        f"validation, and {100 * order.reordered_accuracy:.1f} % with another order: {shown}. "
-        "Reorder the rows of the classifier's weight and bias, or bring the data's classes into "
-        "the order that the weights were trained with"
+        f"class order: expected the outputs in the data's order ({', '.join(class_names)}), got "
+        f"{100 * order.accuracy:.1f} % on validation, and {100 * order.reordered_accuracy:.1f} % "
+        f"in another order: {'; '.join(moved[:SHOWN])}{more}. Write `data.labels: [{wanted}]`, "
+        "or reorder the rows of the classifier's weight and bias"
     )

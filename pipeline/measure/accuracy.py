@@ -6,16 +6,16 @@ order, whether torch or onnxruntime computes. Nothing here selects, judges or co
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ...exporters.reference import evaluating
 from ...exporters.sessions import open_session, run_batches
 from ..data.dataset import ImageSet
 from ..data.preprocess import to_input
@@ -46,16 +46,21 @@ def logits_of_module(
     device: str,
     batch_size: int = 256,
     dtype: torch.dtype = torch.float32,
+    fixed_batch: int | None = None,
     name: str = "the network",
 ) -> Array:
     """Logits of a torch network in eval mode, (N, C) float32. Its modes are put back.
 
+    The network is moved to `device` and stays there.
+
     Args:
         dtype: float32, or bfloat16 for autocast.
+        fixed_batch: the only batch that a .pt2 program runs with (`Network.fixed_batch`).
         name: what an error calls the network.
     Raises:
         MeasurementError: no images, or a logit is NaN or infinite.
     """
+    module.to(device)
     autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
     parts = []
     with evaluating(module), torch.inference_mode(), autocast:
@@ -64,7 +69,8 @@ def logits_of_module(
             batch = torch.from_numpy(inputs).to(device)
             if batch.ndim == 4:
                 batch = batch.contiguous(memory_format=torch.channels_last)
-            parts.append(module(batch).float().cpu().numpy())
+            logits = run_module(module, batch, fixed_batch=fixed_batch)
+            parts.append(logits.float().cpu().numpy())
     return _checked(parts, name)
 
 
@@ -145,17 +151,20 @@ def confusion(logits: Array, labels: Array) -> Array:
     return np.bincount(flat, minlength=classes**2).reshape(classes, classes)
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every submodule's own mode put back afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        with suppress(NotImplementedError):  # a loaded .pt2 program has but its export's mode
-            module.eval()
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
+def run_module(module: nn.Module, inputs: Tensor, *, fixed_batch: int | None) -> Tensor:
+    """`module(inputs)`; for a program captured with one batch size in batches of that size.
+
+    The last of them is filled up by repeating its last sample.
+    """
+    if fixed_batch is None:
+        logits: Tensor = module(inputs)
+        return logits
+    parts = []
+    for part in torch.split(inputs, fixed_batch):
+        missing = fixed_batch - len(part)
+        full = torch.cat([part, part[-1:].expand(missing, *part.shape[1:])])
+        parts.append(module(full)[: len(part)])
+    return torch.cat(parts)
 
 
 def _checked(parts: list[Array], name: str) -> Array:

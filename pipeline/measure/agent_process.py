@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +30,6 @@ ANSWER_SECONDS = 300.0  # longest silence; a warm-up is 10 runs, whatever they t
 EXIT_SECONDS = 5.0  # from closing its output to being gone
 LAST_LINES = 12  # of standard error, in the message about a death
 LAST_BYTES = 8192
-
-# OpenMP workers of torch would spin between blocks and take the CPU from the next network.
-TORCH_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 
 SIGNALS = {
     "SIGILL": "illegal instruction: this {runtime} wheel needs CPU features the machine lacks; "
@@ -161,7 +158,6 @@ def running(rows: Sequence[tuple[str, str]]) -> Iterator[list[Child]]:
 
 @contextmanager
 def _child(who: str, kind: str) -> Iterator[Child]:
-    extra: Mapping[str, str] = TORCH_ENVIRONMENT if kind == "torch" else {}
     with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
             # -P: the agent's folder must not shadow the modules that it imports
@@ -169,7 +165,6 @@ def _child(who: str, kind: str) -> Iterator[Child]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
-            env={**os.environ, **extra},
         )
         try:
             runtime = "torch" if kind == "torch" else "onnxruntime"

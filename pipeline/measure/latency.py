@@ -6,9 +6,9 @@ processes, `agent_process.py` looks after those, `latency_stats.py` condenses.
 The schedule. A launch is one fresh process a network, all alive at once, one running at a time, in
 turns A B C · C B A · A B C (the next launch starts with C B A), so that heat, clock changes and
 other people's load fall on all alike. An idle child sleeps on its standard input; before it
-answers a block it waits until its threads have stopped spinning, and torch's OpenMP workers are
-told not to spin at all, so it takes nothing from the one that runs. Thread counts are measured
-one after the other in the same processes, each with a freshly loaded network.
+answers a block it waits until its threads have stopped spinning, so it takes nothing from the one
+that runs. Thread counts are measured one after the other in the same processes, each with a
+freshly loaded network.
 
 The price. `runs` is a cap: a block ends after BLOCK_SECONDS, so a network slower than
 BLOCKS · BLOCK_SECONDS / runs gets fewer, and `n` says how many. Worst case, per network, launch and
@@ -16,9 +16,7 @@ thread count: WARM_SECONDS + BLOCKS · BLOCK_SECONDS + 1 s for a network of 60 m
 each of them is about 40 runs. Five toy networks, two of them in torch, take 11 to 18 s for
 3 launches of 200 runs at two thread counts on 2 cores, most of it spent importing torch.
 
-Torch rows show what the network costs before export. Their workers sleep between operators
-(OMP_WAIT_POLICY=PASSIVE), which costs up to several times the latency on small networks with more
-than one thread; onnxruntime's keep their default spinning. So compare them at one thread.
+Torch rows show what the network costs before export.
 """
 
 from __future__ import annotations

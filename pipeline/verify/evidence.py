@@ -25,7 +25,7 @@ from ..release import SAMPLES
 from ..stage import Context
 from .parity import climb_ladder
 
-PARITY_SAMPLES = 64  # real samples on the ladder, from train: the ladder needs no unseen data
+PARITY_SAMPLES = 512  # calibration images, at most: the ladder needs no unseen data
 CONFIDENCE = 0.95
 
 

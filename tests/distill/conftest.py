@@ -15,9 +15,9 @@ FACTORY = """
 from torch import nn
 
 
-def make(classes, input_shape, width=4, **kwargs):
+def make(classes, in_channels, width=4):
     return nn.Sequential(
-        nn.Conv2d(input_shape[0], width, 3, padding=1, bias=False),
+        nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
         nn.BatchNorm2d(width),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(2),

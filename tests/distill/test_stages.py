@@ -164,6 +164,7 @@ def test_teacher_in_another_class_order_is_refused_by_name(
         teach(prepared, tmp_path / "t", train=None, weights=str(tmp_path / "moved.safetensors"))
 
     assert "output 2 (taken for 'red') answers for 'blue'" in str(caught.value)
+    assert "`data.labels: [green, red, blue]`" in str(caught.value)
 
 
 def test_teacher_with_nan_weights_is_refused(

@@ -13,7 +13,6 @@ from edgestill.pipeline.errors import MeasurementError
 from edgestill.pipeline.measure.accuracy import (
     accuracy,
     confusion,
-    evaluating,
     logits_of_module,
     logits_of_onnx,
     per_class_accuracy,
@@ -135,8 +134,12 @@ def test_labels_outside_the_classes_are_refused() -> None:
         accuracy(LOGITS, np.array([0, 1, 2, 3]))
 
 
-def test_a_program_without_modes_is_evaluated_as_it_is() -> None:
-    exported = torch.export.export(net().eval(), (torch.zeros(2, 3, 4, 4),)).module()
+def test_a_program_of_one_batch_size_is_run_at_it_and_the_last_batch_filled_up() -> None:
+    module, seen = net().eval(), []
+    module.register_forward_hook(lambda m, args, output: seen.append(len(args[0])))
 
-    with evaluating(exported):
-        assert exported(torch.zeros(2, 3, 4, 4)).shape == (2, 3)
+    fixed = logits_of_module(module, image_set(), PREPROCESS, device="cpu", fixed_batch=3)
+
+    assert seen == [3, 3, 3]
+    free = logits_of_module(module, image_set(), PREPROCESS, device="cpu")
+    np.testing.assert_allclose(fixed, free, atol=1e-5)

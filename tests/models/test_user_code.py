@@ -182,7 +182,8 @@ def simple(signature: str, classes: str = "classes") -> str:
 @pytest.mark.parametrize(
     ("signature", "classes"),
     [("classes", "classes"), ("num_classes", "num_classes"), ("in_channels, classes", "classes"),
-     ("*, num_classes=10", "num_classes"), ("", "5"), ("classes, **more", "classes")],
+     ("*, num_classes=10", "num_classes"), ("", "5"),
+     ("classes, input_shape", "classes * input_shape[0] // 3"), ("classes, **more", "classes")],
 )  # fmt: skip
 def test_factory_gets_classes_and_channels_if_it_names_them(
     signature: str, classes: str, tmp_path: Path
