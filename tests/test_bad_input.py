@@ -162,7 +162,8 @@ def test_weights_of_another_net_name_the_net_they_fit(
 
     message = refused(data=photos, student=f"weights: {path}")
 
-    assert "missing" in message or "unexpected" in message
+    assert "do not fit" in message
+    assert "layer1.3.conv1.weight" in message
     assert "resnet32" in message
 
 
@@ -242,12 +243,12 @@ def test_an_unsupported_operator(refused: Case, photos: Path, tmp_path: Path) ->
         "        self.head = nn.Linear(768, classes)\n"
         "    def forward(self, x):\n"
         "        logits = self.head(x.flatten(1))\n"
-        "        return logits + torch.linalg.matrix_exp(logits.T @ logits)[0] * 0\n"
+        "        return logits + 0 * torch.linalg.svdvals(logits.detach().float()).sum()\n"
         "def build(classes):\n"
         "    return Odd(classes)\n"
     )
 
-    assert "matrix_exp" in refused(data=photos, model=f"{net}:build").replace("linalg_", "")
+    assert "svd" in refused(data=photos, model=f"{net}:build")
 
 
 def test_user_code_that_fails_is_named_with_its_line(

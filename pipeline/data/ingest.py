@@ -7,6 +7,7 @@ images do not depend on which thread was faster.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections import Counter, deque
@@ -93,14 +94,7 @@ def ingest(
     sizes: Counter[Size] = Counter()
     corrupt: list[str] = []
 
-    def work(item: _Item) -> tuple[npt.NDArray[np.uint8], bytes, Size]:
-        picture = _decoded(item)
-        size = (picture.height, picture.width)
-        try:
-            return to_canvas(picture, preprocess, canvas), content_digest(picture), size
-        except DataError as error:
-            raise DataError(f"{item[1]}: {error}") from None
-
+    work = functools.partial(_bring, preprocess=preprocess, canvas=canvas)
     for row, result in enumerate(_in_order(source, work, threads=threads)):
         if isinstance(result, DataError):
             if not skip_corrupt:
@@ -187,6 +181,18 @@ def _attempt(work: Callable[[_Item], _T], item: _Item) -> _T | DataError:
         return work(item)
     except DataError as error:
         return error
+
+
+def _bring(
+    item: _Item, *, preprocess: PreprocessSpec, canvas: Size
+) -> tuple[npt.NDArray[np.uint8], bytes, Size]:
+    """(canvas, content hash, (H, W) before)."""
+    picture = _decoded(item)
+    try:
+        pixels = to_canvas(picture, preprocess, canvas)
+    except DataError as error:
+        raise DataError(f"{item[1]}: {error}") from None
+    return pixels, content_digest(picture), (picture.height, picture.width)
 
 
 def _decoded(item: _Item) -> Image.Image:

@@ -49,8 +49,8 @@ def split_part(
 ) -> npt.NDArray[np.bool_]:
     """Which images go to `part`: about `fraction` of the distinct images of each class.
 
-    Each class gives at least one distinct image and keeps at least `leave`. An image that occurs under two
-    labels is counted with the smaller one.
+    Each class gives at least one distinct image and keeps at least `leave`. An image that occurs
+    under two labels is counted with the smaller one.
 
     Returns:
         (N,) bool.
