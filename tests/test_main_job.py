@@ -275,3 +275,49 @@ def test_quiet_prints_the_verdict_alone(
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+USER_NET = """\
+from models.blocks import block
+from torch import nn
+
+
+def build(num_classes, in_channels, width=24):
+    return nn.Sequential(
+        block(in_channels, width), block(width, width), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(width, num_classes),
+    )
+"""
+USER_BLOCKS = """\
+from torch import nn
+
+
+def block(inputs, outputs):
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
+"""
+
+
+def test_a_user_folder_with_its_own_models_package_works_from_any_directory(
+    small_recipe: Path, tmp_path: Path, compress: Any
+) -> None:
+    work = tmp_path / "work"
+    (work / "models").mkdir(parents=True)
+    (work / "models" / "__init__.py").write_text("")
+    (work / "models" / "blocks.py").write_text(USER_BLOCKS)
+    (work / "net.py").write_text(USER_NET)
+    recipe = small_recipe.read_text().replace("model: plain_cnn_small\n  args: {width: 2.0}",
+                                              "model: net.py:build")  # fmt: skip
+    (work / "recipe.yaml").write_text(recipe)
+    repository = Path(__file__).resolve().parent.parent
+
+    hashes = []
+    for name, start in (("own", work), ("repository", repository)):
+        done = compress("run", work / "recipe.yaml", "-o", tmp_path / name, "-q", cwd=start)
+        assert done.returncode in (0, 1, 3), done.stderr
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        hashes.append(report["model_sha256"])
+
+    assert hashes[0] == hashes[1]
+    assert not list(work.rglob("__pycache__"))

@@ -22,6 +22,7 @@ from edgestill.pipeline.errors import IntegrityError, MeasurementError, WeightsE
 from edgestill.pipeline.recipe import DistillSpec, StudentSpec, TeacherSpec
 from edgestill.pipeline.stage import Context, Silent
 from edgestill.pipeline.train.checkpoint import digest
+from edgestill.pipeline.train.precision import Precision
 from safetensors.torch import save_file
 
 BUDGET = 2**30
@@ -400,3 +401,28 @@ def test_distilling_without_stored_labels_is_refused(
 ) -> None:
     with pytest.raises(IntegrityError, match="expected the teacher's stored labels"):
         study(prepared, tmp_path / "s", distill=DISTILL)
+
+
+@pytest.mark.parametrize(("off", "chosen"), [(0.0, "bf16"), (1.0, "fp32")])
+def test_labels_are_made_in_bf16_only_where_it_is_as_good(
+    prepared: SimpleNamespace,
+    taught: SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    off: float,
+    chosen: str,
+) -> None:
+    bf16, forward = Precision("bf16", "fast here"), labels_module.forward
+
+    def worse_in_bf16(*args: Any, precision: Precision, **kwargs: Any) -> Any:
+        logits = forward(*args, precision=precision, **kwargs)
+        noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+        return logits + (off * noise if precision.name == "bf16" else 0)
+
+    monkeypatch.setattr(labels_module, "choose_precision", lambda wish, device: bf16)
+    monkeypatch.setattr(labels_module, "forward", worse_in_bf16)
+
+    found = label(prepared, taught.teacher, tmp_path / "l")
+
+    assert found["precision"]["name"] == chosen
+    assert (found["bf16_against_fp32"]["loss"] < 0.01) == (chosen == "bf16")
