@@ -42,7 +42,7 @@ def run(
 
         teacher = steps.prepare_teacher(work, data) if recipe.teacher else None
         labels = steps.store_labels(work, data, teacher) if teacher else None
-        student = steps.train_student(work, data, labels)
+        student = steps.train_student(work, data, teacher, labels)
 
         floating = steps.export_student(work, data, student)
         deployed = steps.quantize(work, data, floating) if recipe.quantize else floating

@@ -19,7 +19,7 @@ import torch
 import yaml
 from PIL import Image
 
-from ..models.source import open_network
+from ..models.source import Network, open_network
 from ..models.weights import load_weights, read_state
 from .data.decode import decode_in_thread, quiet
 from .data.preprocess import canvas_size, centre_crop, input_size, to_canvas, to_input
@@ -27,10 +27,12 @@ from .data.readers import open_source
 from .data.source import NO_LABEL, Source
 from .errors import DataError, OutputError
 from .gate import provable_drop
+from .measure.accuracy import run_module
 from .recipe import PreprocessSpec, SourceSpec
 from .workspace import write_atomically
 
 LOOKED_AT = 256  # images opened, spread over the set
+BATCH = 32
 TEST_FRACTION = 0.2
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # How trained nets commonly see pixels: (channels, mean, std) after /255.
@@ -171,30 +173,33 @@ def _measure(
     model: str, weights: Path | None, *, look: _Look, resize: int | None, side: int
 ) -> Iterator[tuple[str, float]]:
     reference = _absolute_model(model, Path.cwd())
+    shape = (3, side, side)
     network = open_network(
-        reference, args={}, classes=len(look.source.class_names), input_shape=(3, side, side),
-        seed=0,
-    )  # fmt: skip
+        reference, args={}, classes=len(look.source.class_names), input_shape=shape, seed=0
+    )
     if weights is not None:
         load_weights(network.module, read_state(weights), head="keep", where="student")
     network.module.eval()
     labels = np.array(look.labels)
     for name in CONVENTIONS:
         spec = _convention(name, resize, side)
-        yield name, float((_answers(network.module, look.images, spec) == labels).mean())
+        yield name, float((_answers(network, look.images, spec) == labels).mean())
 
 
 def _answers(
-    module: torch.nn.Module, images: list[Image.Image], spec: PreprocessSpec
+    network: Network, images: list[Image.Image], spec: PreprocessSpec
 ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    answers = []
+    pixels = []
     for image in images:
         canvas = canvas_size(spec, (image.height, image.width))
-        pixels = to_canvas(image, spec, canvas)[None]
-        inputs = to_input(centre_crop(pixels, input_size(spec, canvas)), spec)
-        with torch.inference_mode():
-            answers.append(int(module(torch.from_numpy(inputs)).argmax()))
-    return np.array(answers)
+        pixels.append(centre_crop(to_canvas(image, spec, canvas)[None], input_size(spec, canvas)))
+    inputs = torch.from_numpy(to_input(np.concatenate(pixels), spec))
+    with torch.inference_mode():
+        answers = [
+            run_module(network.module, batch, fixed_batch=network.fixed_batch).argmax(1)
+            for batch in inputs.split(BATCH)
+        ]
+    return torch.cat(answers).numpy()
 
 
 def _relative(path: Path, base: Path) -> str:

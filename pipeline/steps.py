@@ -169,13 +169,16 @@ def store_labels(work: Work, data: Artifact, teacher: Artifact) -> Artifact:
         ),
         reads={
             "views": spec.views,
+            "precision": spec.precision,
             "augment": spec.augment.model_dump(mode="json"),
             "inputs": [data.sha256, teacher.sha256],
         },
     )
 
 
-def train_student(work: Work, data: Artifact, labels: Artifact | None) -> Artifact:
+def train_student(
+    work: Work, data: Artifact, teacher: Artifact | None, labels: Artifact | None
+) -> Artifact:
     spec, distill = work.recipe.student, work.recipe.distill
     return _run(
         work,
@@ -185,6 +188,7 @@ def train_student(work: Work, data: Artifact, labels: Artifact | None) -> Artifa
             distill,
             data.path,
             None if labels is None else labels.path,
+            None if teacher is None else teacher.path,
             context=context,
             memory_budget_bytes=_budget(work),
         ),

@@ -23,6 +23,7 @@ from ..gate import drop_upper_bound
 from ..measure.accuracy import Scores, logits_of_module, logits_of_onnx, score
 from ..release import SAMPLES
 from ..stage import Context
+from ..train.reproducible import reproducible
 from .parity import climb_ladder
 
 PARITY_SAMPLES = 512  # calibration images, at most: the ladder needs no unseen data
@@ -69,10 +70,16 @@ def gather(
     for done, (role, folder) in enumerate([*torch_nets.items(), *onnx.items()]):
         context.events.progress(done, len(torch_nets) + len(onnx), role)
         if role in torch_nets:
-            module = load_network(folder).network.module
-            logits = logits_of_module(
-                module, data.test, data.preprocess, device=context.device, name=role
-            )
+            network = load_network(folder).network
+            with reproducible(threads=context.threads, device=context.device):
+                logits = logits_of_module(
+                    network.module.to(context.device),
+                    data.test,
+                    data.preprocess,
+                    device=context.device,
+                    fixed_batch=network.fixed_batch,
+                    name=role,
+                )
         else:
             logits = logits_of_onnx(
                 folder / "model.onnx",
