@@ -197,7 +197,7 @@ def _answers(
     with torch.inference_mode():
         answers = [
             run_module(network.module, batch, fixed_batch=network.fixed_batch).argmax(1)
-            for batch in inputs.split(BATCH)
+            for batch in torch.split(inputs, BATCH)
         ]
     return torch.cat(answers).numpy()
 
