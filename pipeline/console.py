@@ -131,9 +131,14 @@ def _verdict_fields(report: Report) -> dict[str, Any]:
 
 def _table(report: Report) -> Table:
     n = report.models[0].n
-    table = Table(title=f"test set, n = {n}", title_justify="left", box=None, pad_edge=False)
+    table = Table(
+        title=f"test set, n = {n}; p50 at batch 1, one thread",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
     table.add_column("model", no_wrap=True)
-    for name in ("accuracy", "drop, points", "95 % bound", "ONNX file", "p50, 1 thread"):
+    for name in ("accuracy", "drop, points", "95 % bound", "ONNX file", "p50"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in summary_rows(report):
         table.add_row(*row.values())

@@ -284,6 +284,11 @@ def measure_latency(work: Work, data: Artifact, models: Models) -> Latency:
     deployed = models.deployed_role
     at_one = {row["name"]: row for row in measured if row["threads"] == 1}
     ratio = speedup(at_one[reference], at_one[deployed])
+    if models.is_quantized and at_one["int8"]["p50_ms"] >= at_one["float"]["p50_ms"]:
+        events.note(
+            f"int8 is not faster than the float model here ({at_one['int8']['p50_ms']:.3f} against "
+            f"{at_one['float']['p50_ms']:.3f} ms, one thread): it saves bytes, not time"
+        )
     work.notes += events.notes
     events.finished("latency", seconds=time.monotonic() - begun, recalled=False)
     return Latency(records, SpeedupRecord(reference=reference, candidate=deployed, **ratio))
