@@ -324,3 +324,23 @@ def test_a_user_folder_with_its_own_models_package_works_from_any_directory(
 
     assert hashes[0] == hashes[1]
     assert not list(work.rglob("__pycache__"))
+
+
+def test_the_report_reads_as_markdown_with_every_section(small_run: Path, compress: Any) -> None:
+    done = compress("report", small_run)
+
+    assert done.returncode == 0
+    assert done.stdout == (small_run / "report.md").read_text()
+    for title in ("# edgestill report: PASS", "## Models", "## Latency", "## Parity", "## Classes",
+                  "## Provenance"):  # fmt: skip
+        assert title in done.stdout
+
+
+def test_json_lines_are_json_and_end_with_the_verdict(
+    copy_of_run: Path, small_recipe: Path, compress: Any
+) -> None:
+    done = compress("run", small_recipe, "-o", copy_of_run, "--log-json")
+
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert events[-1]["kind"] == "verdict"
+    assert events[-1]["outcome"] == "pass"
