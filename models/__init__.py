@@ -7,7 +7,6 @@
     program.py    a .pt2 file, read without running code hidden in it
     weights.py    checkpoints: read, check, load
     store.py      a network on disk: weights, reference and all a user of it has to know
-    signature.py  names, shapes and dtypes of inputs and outputs; no torch
 
 Importing this package imports nothing.
 """
