@@ -43,6 +43,7 @@ from .verify.evidence import gather
 from .workspace import Workspace, file_sha256, tree_sha256
 
 PACKAGE = Path(__file__).resolve().parent.parent
+SOURCES = ("models", "exporters", "pipeline")  # the root also holds tests, and perhaps a .venv
 # Releases that change a stage's bytes; the rest of the environment is in the report.
 PINNED = ("torch", "onnx", "onnxruntime", "onnxscript", "onnxsim", "numpy", "pillow")
 LATENCY_INPUTS = 8  # real images in rotation, so that no branch or cache learns one by heart
@@ -104,7 +105,7 @@ def begin(recipe: Recipe, root: Path, *, events: Events, fresh: bool) -> Work:
         device=device,
         events=events,
         identity={
-            "source": tree_sha256(PACKAGE, pattern="*.py"),
+            "source": [tree_sha256(PACKAGE / part, pattern="*.py") for part in SOURCES],
             "versions": {name: importlib.metadata.version(name) for name in PINNED},
             "cpu": cpu_capability(),
         },
