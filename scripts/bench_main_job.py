@@ -281,12 +281,16 @@ def run_sections(
 ) -> list[str]:
     lines = []
     for name, title in titles.items():
+        if name not in result:
+            continue
         run, report = result["runs"][name], result[name]
         lines += [f"{level} {title}", "", *model_table(report), ""]
         for check in report["verdict"]["checks"]:
             lines.append(f"- {check['outcome'].upper()} {check['name']}: {check['text']}")
-        peak = run["peak_rss_bytes"] / 2**30
-        lines += [f"- exit {run['exit_code']}; peak memory {peak:.2f} GiB", ""]
+        text = f"- exit {run['exit_code']}"
+        if "peak_rss_bytes" in run:  # unknown where a finished run was taken over
+            text += f"; peak memory {run['peak_rss_bytes'] / 2**30:.2f} GiB"
+        lines += [text, ""]
     return lines
 
 
