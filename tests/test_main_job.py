@@ -344,10 +344,3 @@ def test_json_lines_are_json_and_end_with_the_verdict(
     events = [json.loads(line) for line in done.stdout.splitlines()]
     assert events[-1]["kind"] == "verdict"
     assert events[-1]["outcome"] == "pass"
-
-
-def test_the_key_of_a_stage_holds_our_sources_and_nothing_else_of_the_checkout() -> None:
-    from edgestill.pipeline import steps
-
-    assert all((steps.PACKAGE / part / "__init__.py").is_file() for part in steps.SOURCES)
-    assert set(steps.SOURCES) == {"models", "exporters", "pipeline"}
