@@ -15,8 +15,18 @@ from torch import Tensor, nn
 from .layers import divisible
 
 
+def resnet8(classes: int, in_channels: int, *, width: float = 1.0) -> nn.Module:
+    """0.08 M parameters, 12 M multiply-adds at 32 × 32. `width` scales every stage's channels."""
+    return CifarResNet(1, classes, in_channels=in_channels, width=width)
+
+
+def resnet14(classes: int, in_channels: int, *, width: float = 1.0) -> nn.Module:
+    """0.17 M parameters, 27 M multiply-adds at 32 × 32."""
+    return CifarResNet(2, classes, in_channels=in_channels, width=width)
+
+
 def resnet20(classes: int, in_channels: int, *, width: float = 1.0) -> nn.Module:
-    """0.27 M parameters, 41 M multiply-adds at 32 × 32. `width` scales every stage's channels."""
+    """0.27 M parameters, 41 M multiply-adds at 32 × 32."""
     return CifarResNet(3, classes, in_channels=in_channels, width=width)
 
 

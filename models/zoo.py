@@ -17,6 +17,8 @@ from torch import nn
 from ..pipeline.errors import ModelError
 
 ZOO: dict[str, str] = {
+    "resnet8": "cifar_resnet:resnet8",
+    "resnet14": "cifar_resnet:resnet14",
     "resnet20": "cifar_resnet:resnet20",
     "resnet32": "cifar_resnet:resnet32",
     "resnet44": "cifar_resnet:resnet44",

@@ -7,8 +7,8 @@ store is handed on, 256 of its rows are compared with the live teacher.
 from __future__ import annotations
 
 import json
+import math
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -29,7 +29,7 @@ from ..recipe import DistillSpec
 from ..stage import Context
 from ..train.average import tensors_of
 from ..train.checkpoint import digest
-from ..train.precision import Precision, choose_precision
+from ..train.precision import Precision, choose_precision, measured_precision
 from ..train.reproducible import reproducible
 from ..workspace import write_atomically
 from .label_store import (
@@ -133,7 +133,14 @@ def _label_precision(
         "agreement": float((exact.argmax(1) == rough.argmax(1)).double().mean()),
     }
     if doubt["loss"] <= BF16_LOSS:
-        return wanted, doubt
+
+        def label(precision: Precision) -> None:
+            forward(network, views, indices, view=0, precision=precision, context=context)
+
+        calls = math.ceil(rows / len(indices)) * spec.views
+        return measured_precision(
+            spec.precision, label, name="label", calls=calls, context=context
+        ), doubt
     reason = f"in bf16 the teacher is {doubt['loss']:.2g} off itself, as a distillation loss"
     return Precision("fp32", reason), doubt
 
@@ -143,8 +150,9 @@ def _take_up(context: Context, header: Mapping[str, Any]) -> int:
     path = context.resume / HEADER
     text = json.dumps(header, indent=1, sort_keys=True)
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        shutil.rmtree(context.resume)
-        write_atomically(context.resume / HEADER, text.encode())
+        for view in context.resume.glob("view-*"):
+            view.unlink()
+        write_atomically(path, text.encode())
     kept = sum((context.resume / view_name(v)).is_file() for v in range(header["views"]))
     if kept:
         context.events.note(f"labelling goes on after {kept} of {header['views']} views")

@@ -11,6 +11,7 @@ as one that was not. There is no device synchronisation inside a step.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import statistics
@@ -30,7 +31,7 @@ from .average import Average, assign, copy_of, tensors_of
 from .checkpoint import digest, load_checkpoint, save_checkpoint
 from .meter import Meter
 from .optimizer import build_optimizer, set_lr
-from .precision import Precision, choose_precision
+from .precision import Precision, measured_precision
 from .reproducible import derive_seed, reproducible
 from .schedule import lr_factor, peak_lr
 
@@ -119,7 +120,7 @@ def fit(
     batches = batch_sizes(task.samples, spec.batch_size)
     _check_normalisation(module, batches)
     with reproducible(threads=context.threads, device=context.device), _channels_last(module):
-        run = _start(module, spec, context=context, batches=batches)
+        run = _start(module, task, spec, context=context, batches=batches)
         resumed = _resume(run, context=context, key=key)
         saved = time.monotonic()
         for epoch in range(resumed, spec.epochs):
@@ -181,15 +182,38 @@ def _channels_last(module: nn.Module) -> Iterator[None]:
             kernel.data = kernel.data.contiguous()
 
 
-def _start(module: nn.Module, spec: TrainSpec, *, context: Context, batches: list[int]) -> _Run:
+def _start(
+    module: nn.Module,
+    task: Task[Batch],
+    spec: TrainSpec,
+    *,
+    context: Context,
+    batches: list[int],
+) -> _Run:
+    def step(precision: Precision) -> None:
+        _rehearse(module, task, precision, batch_size=batches[0], context=context)
+
     return _Run(
         module=module,
         optimizer=build_optimizer(module, spec),
-        precision=choose_precision(spec.precision, device=context.device),
+        precision=measured_precision(
+            spec.precision, step, name="step", calls=spec.epochs * len(batches), context=context
+        ),
         average=None if spec.ema is None else Average(module, decay=spec.ema),
         batches=batches,
         live=tensors_of(module),
     )
+
+
+def _rehearse(
+    module: nn.Module, task: Task[Batch], precision: Precision, *, batch_size: int, context: Context
+) -> None:
+    """A step's forward and backward pass on a copy of the network, which is thrown away."""
+    rehearsing = copy.deepcopy(module).train()
+    batch = task.load(torch.arange(batch_size), 0)
+    with precision.autocast(context.device):
+        terms = task.terms(rehearsing, batch)
+    torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
 
 
 def _epoch(run: _Run, task: Task[Batch], spec: TrainSpec, *, context: Context, epoch: int) -> None:

@@ -3,17 +3,22 @@
 bf16 means autocast: matrix products and convolutions in bfloat16, weights, normalisation
 statistics, losses and the optimiser in float32. It pays only where the processor multiplies
 bfloat16 in hardware; elsewhere it is emulated and slower than float32, so `auto` takes it only
-there. float16 is never used: its range needs loss scaling, which bfloat16 does not.
+there, and on a CPU lets a long run measure whether it pays for its network (`trial.py`). float16
+is never used: its range needs loss scaling, which bfloat16 does not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
+
+from ..stage import Context
+from .trial import fastest
 
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -46,6 +51,37 @@ def choose_precision(wish: Literal["auto", "fp32", "bf16"], *, device: str) -> P
     if unit is None:
         return Precision("fp32", "this CPU reports no bfloat16 units")
     return Precision("bf16", f"this CPU multiplies bfloat16 in hardware ({unit})")
+
+
+def measured_precision(
+    wish: Literal["auto", "fp32", "bf16"],
+    work: Callable[[Precision], object],
+    *,
+    name: str,
+    calls: int,
+    context: Context,
+) -> Precision:
+    """As `choose_precision`, but where a CPU's bf16 is only a guess and the run long, measured.
+
+    Args:
+        work: one unit of the work in a precision (a training step, a batch to label), without
+            lasting effects; it will be done `calls` times.
+        name: of the choice, see `trial.fastest`.
+    """
+    guess = choose_precision(wish, device=context.device)
+    if wish != "auto" or context.device != "cpu" or guess.name == "fp32":
+        return guess
+    other = Precision("fp32", "")
+    chosen, seconds = fastest(
+        name, {p.name: lambda p=p: work(p) for p in (guess, other)}, calls=calls, context=context
+    )
+    if seconds is None:
+        return guess
+    ratio = seconds["fp32"] / seconds["bf16"]
+    return Precision(
+        "bf16" if chosen == "bf16" else "fp32",
+        f"measured on this network: bf16 is {ratio:.2f}× as fast as fp32 here",
+    )
 
 
 def bf16_unit(cpu_info: str) -> str | None:
