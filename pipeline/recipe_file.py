@@ -28,7 +28,7 @@ DATA_VARIABLE, DATA_DEFAULT = "EDGESTILL_DATA", "../shared/data"
 # Names that stand where a path may stand.
 BUILT_IN_DATA = ("digits",)
 PATHS = {
-    *(("data", part, "path") for part in ("train", "test", "validation")),
+    *(("data", part, "path") for part in ("train", "test", "validation", "unlabelled")),
     *((network, key) for network in ("teacher", "student") for key in ("model", "weights")),
 }
 

@@ -1,4 +1,4 @@
-"""Labelled images: read, split, brought to one size, and augmented so that it can be replayed.
+"""Images: read, split, brought to one size, and augmented so that it can be replayed.
 
 `stage.prepare_data` reads the sets of a recipe once and stores them as uint8 arrays;
 `dataset.open_data` opens them again, resident or memory-mapped; `preprocess.to_input` turns them

@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
 from ..errors import DataError
-from ..recipe import AugmentSpec, PreprocessSpec
+from ..recipe import PreprocessSpec
+from ..training_spec import AugmentSpec
 from .counter import uniform
 from .dataset import ImageSet
 from .mixing import MixPlan, mix_plan, rectangle

@@ -22,7 +22,7 @@ def settle_classes(
     """The class names, and the sources with labels that index them.
 
     Args:
-        sources: by part; holds "train", whose classes count.
+        sources: by part; holds "train", whose classes count. Sets without labels stay as they are.
         labels: `data.labels` of the recipe: names for numbers, or the order for names.
 
     Raises:
@@ -35,6 +35,8 @@ def settle_classes(
         raise DataError(f"data.labels: a name appears twice in {listing(class_names)}")
     settled = {
         part: _renumbered(source, class_names, part=part, given=labels is not None, train=train)
+        if source.labelled
+        else source
         for part, source in sources.items()
     }
     if len(class_names) < 2:

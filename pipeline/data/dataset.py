@@ -2,11 +2,14 @@
 
     data.json                       class names, preprocessing (mean and std filled in), statistics
     PART.images.npy                 uint8 (N, H, W, C), canvases; PART: train, validation, test
+    train.images.npy                … and behind its own images those of the unlabelled part, if
+                                    there is one, so that both are one array without a copy
     PART.labels.npy                 int64 (N,)
     PART.hashes.npy                 uint8 (N, 16), content of the full-size image
     PART.names.json                 where each image came from
     calibration.npy                 int64, indices into train
 
+The unlabelled part has labels, hashes and names files too; every label in it is -1.
 Equal inputs give equal bytes.
 """
 
@@ -27,7 +30,8 @@ from ..workspace import write_atomically
 from .preprocess import input_size
 
 FORMAT = 1
-PARTS = ("train", "validation", "test")
+PARTS = ("train", "validation", "test")  # always there
+UNLABELLED = "unlabelled"  # the fourth, there if the recipe asks for it
 _ROWS_AT_ONCE = 1024  # bounds what is copied at a time
 
 Array = npt.NDArray[Any]
@@ -35,11 +39,11 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """N labelled images of one size.
+    """N images of one size.
 
     Attributes:
         images: uint8 (N, H, W, C), an array or a read-only memmap.
-        labels: int64 (N,).
+        labels: int64 (N,), or -1 where the image has none to learn from.
         ids: int64 (N,): the first 8 bytes of the content hash, big-endian, signed.
         hashes: (N,) content hashes, 32 hexadecimal digits.
         names: (N,) where each image came from, relative to its set; or None.
@@ -57,13 +61,16 @@ class ImageSet:
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """The three sets of a recipe, and what the networks must know about them.
+    """The sets of a recipe, and what the networks must know about them.
 
     Attributes:
         calibration: int64 indices into train, in random order: any prefix is a fair sample.
         preprocess: with crop, mean and std filled in.
         input_shape: (C, h, w) of the network's input.
         stats: what the data stage reported, but for the times.
+        unlabelled: images to learn from without labels, or None; see `with_unlabelled`.
+        joined_images: the images of train, then of unlabelled: (N + M, H, W, C), of which both
+            sets hold a view; None if there are no unlabelled ones.
     """
 
     train: ImageSet
@@ -74,6 +81,8 @@ class Data:
     preprocess: PreprocessSpec
     input_shape: tuple[int, int, int]
     stats: dict[str, Any]
+    unlabelled: ImageSet | None = None
+    joined_images: Array | None = None
 
 
 def open_data(folder: Path, *, memory_budget_bytes: int) -> Data:
@@ -91,7 +100,12 @@ def open_data(folder: Path, *, memory_budget_bytes: int) -> Data:
             )
         size = sum((folder / f"{part}.images.npy").stat().st_size for part in PARTS)
         mapped = size > memory_budget_bytes
-        train, validation, test = (_open_set(folder, part, mapped=mapped) for part in PARTS)
+        images = {part: _load(folder / f"{part}.images.npy", mapped=mapped) for part in PARTS}
+        counts, joined = about["stats"]["counts"], None
+        if UNLABELLED in counts:
+            joined, labelled = images["train"], counts["train"]
+            images |= {"train": joined[:labelled], UNLABELLED: joined[labelled:]}
+        sets = {part: _open_set(folder, part, of_part) for part, of_part in images.items()}
         calibration = _load(folder / "calibration.npy")
         preprocess = PreprocessSpec.model_validate(about["preprocess"])
         class_names, stats = tuple(about["class_names"]), about["stats"]
@@ -99,16 +113,40 @@ def open_data(folder: Path, *, memory_budget_bytes: int) -> Data:
         raise IntegrityError(
             f"{folder}: expected the files of the data stage, got: {error}; run with --fresh"
         ) from error
+    train = sets["train"]
     height, width = input_size(preprocess, (train.images.shape[1], train.images.shape[2]))
     return Data(
         train=train,
-        validation=validation,
-        test=test,
+        validation=sets["validation"],
+        test=sets["test"],
         calibration=calibration,
         class_names=class_names,
         preprocess=preprocess,
         input_shape=(preprocess.channel_count, height, width),
         stats=stats,
+        unlabelled=sets.get(UNLABELLED),
+        joined_images=joined,
+    )
+
+
+def with_unlabelled(data: Data) -> ImageSet:
+    """Train followed by unlabelled (labels -1): what a student can learn from.
+
+    The images are one array, resident or memory-mapped as train's are, and nothing is copied: the
+    data stage has stored them in one file. Indices into train are valid in it. Without an
+    unlabelled part it is `data.train` itself.
+    """
+    train, more = data.train, data.unlabelled
+    if more is None:
+        return train
+    assert data.joined_images is not None
+    named = train.names is not None and more.names is not None
+    return ImageSet(
+        images=data.joined_images,
+        labels=np.concatenate([train.labels, more.labels]),
+        ids=np.concatenate([train.ids, more.ids]),
+        hashes=np.concatenate([train.hashes, more.hashes]),
+        names=[*(train.names or ()), *(more.names or ())] if named else None,
     )
 
 
@@ -118,31 +156,32 @@ def ids_of(digests: Array) -> npt.NDArray[np.int64]:
     return head.astype(np.int64)
 
 
-def write_set(
-    folder: Path,
-    part: str,
-    *,
-    images: Array,
-    rows: Array,
-    labels: Array,
-    digests: Array,
-    names: Sequence[str],
-) -> None:
-    """The files of one part.
+def write_images(folder: Path, part: str, pieces: Sequence[tuple[Array, Array]]) -> None:
+    """`PART.images.npy`.
 
     Args:
-        images: uint8 (M, H, W, C), of which `rows` (N,) are written, in that order.
-        labels, digests, names: of the rows written, (N,), (N, 16), (N,).
+        pieces: (images, rows), one behind the other: of uint8 (M, H, W, C) the rows (N,) are
+            written, in that order.
     """
     stored = np.lib.format.open_memmap(
         folder / f"{part}.images.npy",
         mode="w+",
         dtype=np.uint8,
-        shape=(len(rows), *images.shape[1:]),
+        shape=(sum(len(rows) for _, rows in pieces), *pieces[0][0].shape[1:]),
     )
-    for start in range(0, len(rows), _ROWS_AT_ONCE):
-        stored[start : start + _ROWS_AT_ONCE] = images[rows[start : start + _ROWS_AT_ONCE]]
+    at = 0
+    for images, rows in pieces:
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            some = rows[start : start + _ROWS_AT_ONCE]
+            stored[at : at + len(some)] = images[some]
+            at += len(some)
     stored.flush()
+
+
+def write_rows(
+    folder: Path, part: str, *, labels: Array, digests: Array, names: Sequence[str]
+) -> None:
+    """What is known of the images of one part, in their order: (N,), (N, 16), (N,)."""
     np.save(folder / f"{part}.labels.npy", np.asarray(labels, np.int64))
     np.save(folder / f"{part}.hashes.npy", np.asarray(digests, np.uint8))
     write_json(folder / f"{part}.names.json", list(names))
@@ -172,8 +211,7 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, text.encode())
 
 
-def _open_set(folder: Path, part: str, *, mapped: bool) -> ImageSet:
-    images = _load(folder / f"{part}.images.npy", mapped=mapped)
+def _open_set(folder: Path, part: str, images: Array) -> ImageSet:
     labels = _load(folder / f"{part}.labels.npy")
     digests = _load(folder / f"{part}.hashes.npy")
     names = json.loads((folder / f"{part}.names.json").read_text(encoding="utf-8"))

@@ -30,7 +30,7 @@ from .source import NO_LABEL, Encoded, Source
 CHUNK = 64  # images a task: large enough that handing it over costs nothing
 
 _T = TypeVar("_T")
-_Item = tuple[Encoded, str, bool]  # image, its name for messages, has it a label
+_Item = tuple[Encoded, str, bool]  # image, its name for messages, has it the label it needs
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +160,7 @@ def _in_order(
     def work_on(chunk: list[_Item]) -> list[_T | DataError]:
         return [_attempt(work, item) for item in chunk]
 
-    labelled = (source.labels != NO_LABEL).tolist()
+    labelled = ((source.labels != NO_LABEL) | (not source.labelled)).tolist()
     items = zip(source.images(), source.names, labelled, strict=True)
     with quiet(), ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[list[_T | DataError]]] = deque()

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..recipe import AugmentSpec, PreprocessSpec
+from ..recipe import PreprocessSpec
+from ..training_spec import AugmentSpec
 from .counter import uniform
 from .preprocess import to_input_tensor
 

@@ -1,4 +1,4 @@
-"""Labelled images in parquet, as Hugging Face `datasets` writes them, or nearly so.
+"""Images in parquet, with or without labels, as Hugging Face `datasets` writes them, or nearly so.
 
 Images are a struct {bytes, path} (bytes are used, path is not followed) or a plain binary column;
 labels are integers or strings. Class names come from the `ClassLabel` in the schema's metadata,
@@ -41,39 +41,51 @@ def open_parquet(path: Path, *, image: str | None, label: str | None) -> Source:
     """
     files = shards(path)
     schemas = [_schema(file) for file in files]
-    columns = _columns(schemas[0], image=image, label=label, where=files[0])
+    columns = (
+        _image_column(schemas[0], image, where=files[0]),
+        _label_column(schemas[0], label, where=files[0]),
+    )
+    _check_shards(files, schemas, columns)
     declared = _declared_names(schemas[0], columns[1])
-    for file, schema in zip(files[1:], schemas[1:], strict=True):
-        same = all(
-            name in schema.names and schema.field(name).type == schemas[0].field(name).type
-            for name in columns
-        )
-        if not same or _declared_names(schema, columns[1]) != declared:
-            raise DataError(
-                f"{file}: columns {listing(columns)} or their class names differ from those of "
-                f"{files[0].name}; a folder must hold the shards of one set"
-            )
     values = [_read_labels(file, columns[1]) for file in files]
-    names = [
-        f"{file.name} row {row}"
-        for file, part in zip(files, values, strict=True)
-        for row in range(len(part))
-    ]
+    names = _row_names(files, [len(part) for part in values])
     if not names:
         raise DataError(f"{path}: holds no rows; expected at least one image of each class")
     labels, class_names, numbered = _to_labels(values, declared, where=f"{path} {columns[1]}")
-
-    def images() -> Iterator[Encoded]:
-        for file in files:
-            yield from _read_images(file, columns[0])
-
     return Source(
         where=str(path),
         labels=labels,
         class_names=class_names,
         numbered=numbered,
         names=names,
-        images=images,
+        images=lambda: _read_all(files, columns[0]),
+    )
+
+
+def open_unlabelled_parquet(path: Path, *, image: str | None) -> Source:
+    """As `open_parquet`, but of the images alone: a column of labels is neither needed nor read.
+
+    Raises:
+        DataError: not parquet, no rows, no column of images, or shards that differ.
+    """
+    files = shards(path)
+    schemas = [_schema(file) for file in files]
+    column = _image_column(schemas[0], image, where=files[0])
+    _check_shards(files, schemas, (column,))
+    names = _row_names(files, [_row_count(file) for file in files])
+    if not names:
+        raise DataError(
+            f"{path}: holds no rows; expected at least one image; give another set, or leave "
+            "`data.unlabelled` out"
+        )
+    return Source(
+        where=str(path),
+        labels=np.full(len(names), NO_LABEL, np.int64),
+        class_names=(),
+        numbered=False,
+        names=names,
+        images=lambda: _read_all(files, column),
+        labelled=False,
     )
 
 
@@ -107,18 +119,52 @@ def _readable(file: Path) -> Iterator[None]:
         raise DataError(f"{file}: cannot be read as parquet: {reason}") from None
 
 
-def _columns(
-    schema: pa.Schema, *, image: str | None, label: str | None, where: Path
-) -> tuple[str, str]:
-    names = [name for name in schema.names if not name.startswith("__")]  # pandas' index columns
-    images = [name for name in names if _is_image(schema.field(name).type)]
+def _image_column(schema: pa.Schema, asked: str | None, *, where: Path) -> str:
+    images = [name for name in _own_names(schema) if _is_image(schema.field(name).type)]
+    return _choose("image", asked, IMAGE_NAMES, (images,), schema=schema, where=where)
+
+
+def _label_column(schema: pa.Schema, asked: str | None, *, where: Path) -> str:
+    names = _own_names(schema)
     declared = [name for name in names if _declared_names(schema, name) is not None]
     whole = [name for name in names if _is_integer(schema.field(name).type)]
     words = [name for name in names if _is_text(schema.field(name).type)]
-    return (
-        _choose("image", image, IMAGE_NAMES, (images,), schema=schema, where=where),
-        _choose("label", label, LABEL_NAMES, (declared, whole, words), schema=schema, where=where),
-    )
+    fitting = (declared, whole, words)
+    return _choose("label", asked, LABEL_NAMES, fitting, schema=schema, where=where)
+
+
+def _own_names(schema: pa.Schema) -> list[str]:
+    return [name for name in schema.names if not name.startswith("__")]  # pandas' index columns
+
+
+def _check_shards(files: list[Path], schemas: list[pa.Schema], columns: tuple[str, ...]) -> None:
+    """The columns read have one type, and their classes the same names, in every file."""
+    first = schemas[0]
+    for file, schema in zip(files[1:], schemas[1:], strict=True):
+        same = all(
+            name in schema.names
+            and schema.field(name).type == first.field(name).type
+            and _declared_names(schema, name) == _declared_names(first, name)
+            for name in columns
+        )
+        if not same:
+            raise DataError(
+                f"{file}: columns {listing(columns)} or their class names differ from those of "
+                f"{files[0].name}; a folder must hold the shards of one set"
+            )
+
+
+def _row_names(files: list[Path], counts: list[int]) -> list[str]:
+    return [
+        f"{file.name} row {row}"
+        for file, count in zip(files, counts, strict=True)
+        for row in range(count)
+    ]
+
+
+def _row_count(file: Path) -> int:
+    with _readable(file):
+        return int(pq.read_metadata(file).num_rows)
 
 
 def _choose(
@@ -241,6 +287,11 @@ def _check_dense(labels: npt.NDArray[np.int64], where: str) -> None:
             f"{where}: {len(present)} distinct labels reach from {present[0]} to {present[-1]}; "
             "expected class numbers from 0 (or strings); is this the label column?"
         )
+
+
+def _read_all(files: list[Path], column: str) -> Iterator[Encoded]:
+    for file in files:
+        yield from _read_images(file, column)
 
 
 def _read_images(file: Path, column: str) -> Iterator[Encoded]:

@@ -1,8 +1,11 @@
-"""Where labelled images come from: `digits`, an image folder, or parquet. Nothing is decoded here.
+"""Where images come from: `digits`, an image folder, or parquet. Nothing is decoded here.
 
 * `digits`: scikit-learn's 1,797 bundled 8×8 images, raw values 0 to 16
 * a folder with one sub-folder a class; deeper folders belong to their class
 * a .parquet file, or a folder of shards (parquet.py)
+
+Images without labels come from the same places; their folder may be flat or nested, as its
+sub-folders mean nothing, and their parquet file needs no column of labels.
 
 Classes are in the order of their names. Hidden files and files that are no images are passed over
 and counted; an empty class is an error, because it is nearly always a slip in the preparation.
@@ -14,27 +17,30 @@ import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
 from ..errors import DataError
-from ..recipe import SourceSpec
+from ..recipe import SourceSpec, UnlabelledSpec
 from .decode import SUFFIXES
-from .parquet import open_parquet, shards
-from .source import Encoded, Source, listing
+from .parquet import open_parquet, open_unlabelled_parquet, shards
+from .source import NO_LABEL, Encoded, Source, listing
 
 DIGITS = "digits"
 _SPLIT_NAMES = frozenset(("train", "training", "test", "val", "valid", "validation"))
 
 
-def open_source(spec: SourceSpec) -> Source:
-    """The set named by `spec`, listed and with its labels read.
+def open_source(spec: SourceSpec | UnlabelledSpec) -> Source:
+    """The set named by `spec`, listed and, unless it needs none, with its labels read.
 
     Raises:
         DataError: missing, empty, or not in a form that is understood.
     """
+    if isinstance(spec, UnlabelledSpec):
+        return _open_unlabelled(spec)
     if spec.path == DIGITS:
         return _open_digits()
     path = Path(spec.path)
@@ -43,7 +49,7 @@ def open_source(spec: SourceSpec) -> Source:
     return _open_folder(path)
 
 
-def fingerprint(spec: SourceSpec) -> str:
+def fingerprint(spec: SourceSpec | UnlabelledSpec) -> str:
     """sha256 of everything `open_source` would read, wherever it lies.
 
     Parquet: over names and bytes of the shards; an image folder: over the sorted (relative path,
@@ -56,6 +62,8 @@ def fingerprint(spec: SourceSpec) -> str:
     path = Path(spec.path)
     if _holds_parquet(path):
         files, base = shards(path), path if path.is_dir() else path.parent
+    elif isinstance(spec, UnlabelledSpec):
+        files, base = _list_unlabelled(path)[0], path
     else:
         classes, _ = _list_folder(path)
         files, base = [file for of_class in classes.values() for file in of_class], path
@@ -102,6 +110,39 @@ def _open_digits() -> Source:
     )
 
 
+def _open_unlabelled(spec: UnlabelledSpec) -> Source:
+    if spec.path == DIGITS:
+        digits = _open_digits()
+        labels = np.full_like(digits.labels, NO_LABEL)
+        return replace(digits, labels=labels, class_names=(), labelled=False)
+    path = Path(spec.path)
+    if _holds_parquet(path):
+        return open_unlabelled_parquet(path, image=spec.image)
+    files, ignored = _list_unlabelled(path)
+    return Source(
+        where=str(path),
+        labels=np.full(len(files), NO_LABEL, np.int64),
+        class_names=(),
+        numbered=False,
+        names=[file.relative_to(path).as_posix() for file in files],
+        images=lambda: iter(files),
+        ignored=ignored,
+        labelled=False,
+    )
+
+
+def _list_unlabelled(root: Path) -> tuple[list[Path], int]:
+    """Images anywhere below `root`, in order of name, and the count of other files."""
+    images, others = _list_images(root)
+    if not images:
+        raise DataError(
+            f"{root}: expected images anywhere below this folder "
+            f"({', '.join(sorted(SUFFIXES))}), got none and {others} other files; add images, "
+            "give another folder or a .parquet file, or leave `data.unlabelled` out"
+        )
+    return images, others
+
+
 def _open_folder(root: Path) -> Source:
     classes, ignored = _list_folder(root)
     class_names = tuple(classes)
@@ -140,7 +181,7 @@ def _list_folder(root: Path) -> tuple[dict[str, list[Path]], int]:
     classes: dict[str, list[Path]] = {}
     empty = []
     for name in folders:
-        images, others = _list_class(root / name)
+        images, others = _list_images(root / name)
         ignored += others
         classes[name] = images
         if not images:
@@ -153,7 +194,7 @@ def _list_folder(root: Path) -> tuple[dict[str, list[Path]], int]:
     return classes, ignored
 
 
-def _list_class(folder: Path) -> tuple[list[Path], int]:
+def _list_images(folder: Path) -> tuple[list[Path], int]:
     images, others = [], 0
     for place, inner, files in os.walk(folder, onerror=_unreadable):
         inner[:] = [name for name in inner if not name.startswith(".")]

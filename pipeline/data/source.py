@@ -1,4 +1,4 @@
-"""A labelled set before anything is decoded: what every reader returns."""
+"""A set of images before anything is decoded: what every reader returns."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ class Source:
         images: starts the stream anew.
         max_value: pixel value that means white.
         ignored: files that were passed over, being hidden or no images.
+        labelled: false where no image needs a label; then all are NO_LABEL and no class is named.
     """
 
     where: str
@@ -38,6 +39,7 @@ class Source:
     images: Callable[[], Iterator[Encoded]]
     max_value: float = 255.0
     ignored: int = 0
+    labelled: bool = True
 
     def __len__(self) -> int:
         return len(self.names)

@@ -2,58 +2,37 @@
 
 What it refuses: sets that name different classes, the same image in two sets (unless
 `allow_overlap`), a class without images, and images that cannot be read (unless `on_corrupt:
-skip`). What it only reports: images of a set under two labels, and classes absent from test.
+skip`). What it only reports: images of a set under two labels, classes absent from test, and
+unlabelled images that are dropped because they are known already.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import DataError
-from ..recipe import DataSpec, PreprocessSpec, SourceSpec, SplitSpec
+from ..recipe import DataSpec, PreprocessSpec, SourceSpec, UnlabelledSpec
 from ..stage import Context
 from .classes import absent_classes, settle_classes
-from .dataset import PARTS, write_header, write_set
+from .dataset import PARTS, UNLABELLED, write_header, write_images, write_rows
 from .ingest import Ingested, ingest, take_census
+from .parts import Part, count_overlap, divide, drop_known, positions_of
 from .preprocess import Size, canvas_size, centre_crop, input_size
 from .readers import fingerprint, open_source
 from .source import Source, listing
-from .split import calibration_indices, split_part
+from .split import calibration_indices
 
 # One grey level of 8 bits: a channel that varies less carries nothing, and 0 would divide by it.
 STD_FLOOR = 0.0039
 _ROWS_AT_ONCE = 1024
 _LISTED = 100  # corrupt images named in the report
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """Rows of an ingested source that form train, validation or test."""
-
-    of: Ingested
-    chosen: npt.NDArray[np.int64]  # positions among the source's usable images
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64]:
-        return self.of.labels[self.chosen]
-
-    @property
-    def digests(self) -> npt.NDArray[np.uint8]:
-        return self.of.digests[self.chosen]
-
-    @property
-    def names(self) -> list[str]:
-        return [self.of.names[position] for position in self.chosen]
 
 
 def prepare_data(spec: DataSpec, *, context: Context) -> dict[str, Any]:
@@ -73,9 +52,10 @@ def prepare_data(spec: DataSpec, *, context: Context) -> dict[str, Any]:
     ingested = _ingest_all(spec, sources, preprocess, canvas=canvas, context=context)
     decoded = time.monotonic()
 
-    parts = _split(spec, ingested, class_names, seed=context.seed)
+    parts = divide(spec, ingested, class_names, seed=context.seed)
     absent = _check_classes(parts, class_names, context)
-    overlap = _check_overlap(parts, allowed=spec.allow_overlap)
+    dropped = _drop_known(parts, context) if UNLABELLED in parts else {}
+    overlap = count_overlap(parts, allowed=spec.allow_overlap)
     preprocess = _with_statistics(preprocess, parts["train"], canvas)
     train = parts["train"]
     calibration = calibration_indices(
@@ -87,12 +67,12 @@ def prepare_data(spec: DataSpec, *, context: Context) -> dict[str, Any]:
         "class_names": list(class_names),
         "absent_classes": absent,
         "overlap": overlap,
+        **dropped,
         **_quality(train, ingested),
         "canvas": list(canvas),
         "images_digest": _digest(parts),
     }
-    for part in PARTS:
-        _write(context.scratch, part, parts[part])
+    _write(context.scratch, parts)
     for part in ingested:
         _decoded_file(context, part).unlink()
     write_header(
@@ -116,9 +96,18 @@ def source_fingerprint(spec: DataSpec) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _given(spec: DataSpec) -> dict[str, SourceSpec]:
-    wanted = {"train": spec.train, "validation": spec.validation, "test": spec.test}
-    return {part: source for part, source in wanted.items() if isinstance(source, SourceSpec)}
+def _given(spec: DataSpec) -> dict[str, SourceSpec | UnlabelledSpec]:
+    wanted = {
+        "train": spec.train,
+        "validation": spec.validation,
+        "test": spec.test,
+        UNLABELLED: spec.unlabelled,
+    }
+    return {
+        part: source
+        for part, source in wanted.items()
+        if isinstance(source, SourceSpec | UnlabelledSpec)
+    }
 
 
 def _plan(
@@ -133,8 +122,10 @@ def _plan(
     if not sizes:
         raise DataError(f"{sources['train'].where}: none of its images can be read")
     if spec is None:
+        # what the network takes is settled by the sets that say what it is for
+        grey = all(found.grey for part, found in census.items() if part != UNLABELLED)
         spec = PreprocessSpec(
-            channels="gray" if all(found.grey for found in census.values()) else "rgb",
+            channels="gray" if grey else "rgb",
             max_value=sources["train"].max_value,
         )
     if len(sizes) > 1 and spec.crop is None:
@@ -197,33 +188,8 @@ def _decoded_file(context: Context, part: str) -> Path:
     return context.resume / f"{part}.decoded.npy"
 
 
-def _split(
-    spec: DataSpec, ingested: Mapping[str, Ingested], class_names: tuple[str, ...], *, seed: int
-) -> dict[str, _Part]:
-    """Test leaves train first, validation is a fraction of what remains."""
-    parts = {part: _Part(of, np.arange(len(of.rows))) for part, of in ingested.items()}
-    for part, wanted in (("test", spec.test), ("validation", spec.validation)):
-        if isinstance(wanted, SourceSpec):
-            continue
-        more = part == "test" and not isinstance(spec.validation, SourceSpec)
-        fraction = wanted.fraction if isinstance(wanted, SplitSpec) else wanted
-        rest = parts["train"]
-        taken = split_part(
-            rest.digests,
-            rest.labels,
-            fraction,
-            seed=seed,
-            part=part,
-            class_names=class_names,
-            leave=2 if more else 1,
-        )
-        parts[part] = _Part(rest.of, rest.chosen[taken])
-        parts["train"] = _Part(rest.of, rest.chosen[~taken])
-    return parts
-
-
 def _check_classes(
-    parts: Mapping[str, _Part], class_names: tuple[str, ...], context: Context
+    parts: Mapping[str, Part], class_names: tuple[str, ...], context: Context
 ) -> dict[str, list[str]]:
     """Every class is in train; from a test or validation set of its own some may be absent."""
     absent = {part: absent_classes(parts[part].labels, class_names) for part in PARTS}
@@ -241,38 +207,24 @@ def _check_classes(
     return {part: names for part, names in absent.items() if names}
 
 
-def _check_overlap(parts: Mapping[str, _Part], *, allowed: bool) -> dict[str, int]:
-    """How many images of the second set of each pair are in the first too."""
-    positions = {part: _positions(parts[part]) for part in PARTS}
-    counts = {}
-    for first, second in itertools.combinations(PARTS, 2):
-        shared = [digest for digest in positions[second] if digest in positions[first]]
-        count = sum(len(positions[second][digest]) for digest in shared)
-        counts[f"{first}_{second}"] = count
-        if count and not allowed:
-            examples = [
-                f"{parts[second].of.names[parts[second].chosen[positions[second][digest][0]]]} = "
-                f"{parts[first].of.names[parts[first].chosen[positions[first][digest][0]]]}"
-                for digest in shared[:2]
-            ]
-            raise DataError(
-                f"{parts[second].of.source.where}: {count} of {len(parts[second].chosen)} {second} "
-                f"images are in {first} too ({'; '.join(examples)}), so {second} would measure "
-                "what was learnt by heart; remove them from one set, or accept it with "
-                "`data.allow_overlap: true` (the count goes into the report)"
-            )
-    return counts
+def _drop_known(parts: dict[str, Part], context: Context) -> dict[str, dict[str, int]]:
+    """Leaves only new images in the unlabelled part; how many were dropped, for the statistics."""
+    train = parts["train"]
+    parts[UNLABELLED], dropped = drop_known(parts[UNLABELLED], train)
+    text = (
+        f"{UNLABELLED}: {len(parts[UNLABELLED])} images are learnt from without labels, beside "
+        f"{len(train)} with labels"
+    )
+    if any(dropped.values()):
+        text += (
+            f"; {sum(dropped.values())} were dropped ({dropped['in_train']} are training images, "
+            f"{dropped['repeated']} repeat another)"
+        )
+    context.events.note(text)
+    return {"unlabelled_dropped": dropped}
 
 
-def _positions(part: _Part) -> dict[bytes, list[int]]:
-    """Where each content occurs, in order of first occurrence."""
-    found: dict[bytes, list[int]] = {}
-    for position, digest in enumerate(part.digests):
-        found.setdefault(digest.tobytes(), []).append(position)
-    return found
-
-
-def _with_statistics(preprocess: PreprocessSpec, train: _Part, canvas: Size) -> PreprocessSpec:
+def _with_statistics(preprocess: PreprocessSpec, train: Part, canvas: Size) -> PreprocessSpec:
     """mean and std of the training images as the network sees them, where they are not given.
 
     From exact counts of every pixel value, to 4 decimals, so they are the same on every machine.
@@ -281,7 +233,7 @@ def _with_statistics(preprocess: PreprocessSpec, train: _Part, canvas: Size) -> 
         return preprocess
     channels, crop = preprocess.channel_count, input_size(preprocess, canvas)
     counts = np.zeros((channels, 256), np.int64)
-    rows = train.of.rows[train.chosen]
+    rows = train.rows
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         images = centre_crop(train.of.images[rows[start : start + _ROWS_AT_ONCE]], crop)
         for channel in range(channels):
@@ -299,7 +251,7 @@ def _with_statistics(preprocess: PreprocessSpec, train: _Part, canvas: Size) -> 
     return preprocess.model_copy(update=update)
 
 
-def _counts(parts: Mapping[str, _Part], class_names: tuple[str, ...]) -> dict[str, Any]:
+def _counts(parts: Mapping[str, Part], class_names: tuple[str, ...]) -> dict[str, Any]:
     by_class = {
         part: dict(
             zip(
@@ -310,12 +262,12 @@ def _counts(parts: Mapping[str, _Part], class_names: tuple[str, ...]) -> dict[st
         )
         for part in PARTS
     }
-    return {"counts": {part: len(parts[part].chosen) for part in PARTS}, "per_class": by_class}
+    return {"counts": {part: len(parts[part]) for part in _held(parts)}, "per_class": by_class}
 
 
-def _quality(train: _Part, ingested: Mapping[str, Ingested]) -> dict[str, Any]:
+def _quality(train: Part, ingested: Mapping[str, Ingested]) -> dict[str, Any]:
     """Twins and label noise inside train, skipped and ignored files, native sizes."""
-    twins = [places for places in _positions(train).values() if len(places) > 1]
+    twins = [places for places in positions_of(train).values() if len(places) > 1]
     labels = train.labels
     noisy = sum(len({int(labels[place]) for place in places}) > 1 for places in twins)
     sizes = sum((found.sizes for found in ingested.values()), Counter[Size]())
@@ -335,23 +287,31 @@ def _quality(train: _Part, ingested: Mapping[str, Ingested]) -> dict[str, Any]:
     }
 
 
-def _digest(parts: Mapping[str, _Part]) -> str:
+def _digest(parts: Mapping[str, Part]) -> str:
     """sha256 of the contents and labels of all parts, in order."""
     digest = hashlib.sha256()
-    for part in PARTS:
+    for part in _held(parts):
         digest.update(part.encode())
         digest.update(parts[part].digests.tobytes())
         digest.update(parts[part].labels.astype("<i8").tobytes())
     return digest.hexdigest()
 
 
-def _write(folder: Path, name: str, part: _Part) -> None:
-    write_set(
-        folder,
-        name,
-        images=part.of.images,
-        rows=part.of.rows[part.chosen],
-        labels=part.labels,
-        digests=part.digests,
-        names=part.names,
-    )
+def _held(parts: Mapping[str, Part]) -> list[str]:
+    """Names of the parts there are, always in this order."""
+    return [part for part in (*PARTS, UNLABELLED) if part in parts]
+
+
+def _write(folder: Path, parts: Mapping[str, Part]) -> None:
+    for part in PARTS:
+        together = (part, UNLABELLED) if part == "train" and UNLABELLED in parts else (part,)
+        pieces = [(parts[name].of.images, parts[name].rows) for name in together]
+        write_images(folder, part, pieces)
+    for part in _held(parts):
+        write_rows(
+            folder,
+            part,
+            labels=parts[part].labels,
+            digests=parts[part].digests,
+            names=parts[part].names,
+        )

@@ -88,7 +88,7 @@ def prepare(tmp_path: Path) -> Callable[..., Prepared]:
         runs += 1
         folder = tmp_path / f"scratch-{runs}"
         folder.mkdir()
-        for part in ("train", "validation", "test"):
+        for part in ("train", "validation", "test", "unlabelled"):
             if isinstance(options.get(part), str | Path):
                 options[part] = {"path": str(options[part])}
         spec = DataSpec.model_validate(options)

@@ -12,7 +12,8 @@ from edgestill.pipeline.data.augment import MixPlan, ViewBatch, Views, mix_plan,
 from edgestill.pipeline.data.dataset import ImageSet
 from edgestill.pipeline.data.preprocess import to_input
 from edgestill.pipeline.errors import DataError
-from edgestill.pipeline.recipe import AugmentSpec, PreprocessSpec
+from edgestill.pipeline.recipe import PreprocessSpec
+from edgestill.pipeline.training_spec import AugmentSpec
 
 COUNT, SIDE = 40, 16
 PREPROCESS = PreprocessSpec(crop=(12, 14), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
