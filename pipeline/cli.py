@@ -105,6 +105,8 @@ def run(
     with Console(quiet=quiet, log_json=log_json) as console:
         console.say(f"edgestill {__version__}: {recipe} → {out}")
         report = run_flow(wish, out, events=console, fresh=fresh)
+    if report is None:
+        return 0  # a process that helped with training; the first one reports
     assert report.verdict is not None
     passed = report.verdict.outcome == "pass"
     console.verdict(report, where=str(out / (MODEL if passed else REJECTED)))
@@ -187,8 +189,9 @@ def report(folder: Path, as_json: bool) -> int:
 @click.argument("kind", type=click.Choice(["report", "recipe", "policy"]), default="report")
 def schema(kind: str) -> int:
     """Print the JSON schema of report.json, of a recipe, or of a gate policy."""
-    from .recipe import GateSpec, Recipe, Spec
+    from .recipe import GateSpec, Recipe
     from .report import Report
+    from .spec import Spec
 
     models: dict[str, type[Spec]] = {"report": Report, "recipe": Recipe, "policy": GateSpec}
     click.echo(json.dumps(models[kind].model_json_schema(), indent=1))

@@ -1,4 +1,4 @@
-"""THE flow: data → teacher → soft labels → student → export → int8 → verify → latency → gate.
+"""THE flow: data → teachers → soft labels → student → export → int8 → verify → latency → gate.
 
 Reads like the sentence that describes the product, and owns the order: the recipe's sections are
 wishes, not steps. What each stage reads (and so when it is recalled) is in `steps.py`.
@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import release, steps
+from . import record, release, steps
 from .gate import judge
 from .recipe import Recipe
 from .report import Report
-from .stage import Events, Silent
+from .stage import Artifact, Events, Silent
+from .train.distributed import gathered
 from .workspace import locked
 
 
 def run(
     recipe: Recipe, folder: Path, *, events: Events | None = None, fresh: bool = False
-) -> Report:
+) -> Report | None:
     """Make the deployable file that `recipe` wishes for, prove it, and publish it in `folder`.
 
     Args:
@@ -28,31 +29,48 @@ def run(
         fresh: forget stored stages and begin anew.
 
     Returns:
-        The report with its verdict. `folder/model.onnx` exists if and only if it passed.
+        The report with its verdict. `folder/model.onnx` exists if and only if it passed. None in
+        the processes that `torchrun` started to help with training: the first one reports.
 
     Raises:
         EdgestillError: see `errors.py`; whatever was committed stays for the next run.
     """
-    with locked(folder) as root:
-        release.withdraw(folder)
-        work = steps.begin(recipe, root, events=events or Silent(), fresh=fresh)
+    with gathered() as world, locked(folder, world=world) as root:
+        if world.leads:
+            release.withdraw(folder)
+        work = steps.begin(recipe, root, events=events or Silent(), fresh=fresh, world=world)
 
         data = steps.prepare_data(work)
         steps.check_before_training(work, data)
 
-        teacher = steps.prepare_teacher(work, data) if recipe.teacher else None
-        labels = steps.store_labels(work, data, teacher) if teacher else None
-        student = steps.train_student(work, data, teacher, labels)
+        teachers = steps.prepare_teachers(work, data)
+        student = learn(work, data, teachers)
+        baseline = steps.train_baseline(work, data)
+        teacher = steps.reference_teacher(work, teachers, student)
+        if not world.leads:
+            return None
 
         floating = steps.export_student(work, data, student)
         deployed = steps.quantize(work, data, floating) if recipe.quantize else floating
 
         reference = steps.export_teacher(work, data, teacher) if teacher else None
-        models = steps.Models(teacher, student, floating, deployed, reference)
+        models = record.Models(teacher, student, floating, deployed, reference, baseline)
         evidence = steps.verify(work, data, models)
         latency = steps.measure_latency(work, data, models) if recipe.profile else None
 
-        report = steps.write_report(work, data, models, evidence, latency)
+        report = record.write_report(
+            recipe, data, models, evidence, latency, done=work.done, notes=work.notes
+        )
         report = report.model_copy(update={"verdict": judge(report, recipe.gate)})
-        steps.publish(folder, models, evidence, report)
+        record.publish(folder, models, evidence, report)
     return report
+
+
+def learn(work: steps.Work, data: Artifact, teachers: list[Artifact]) -> Artifact:
+    """The student; where it is born again, each generation is taught by the one before."""
+    generations = work.recipe.distill.generations if work.recipe.distill else 1
+    for generation in range(1, generations + 1):
+        labels = steps.store_labels(work, data, teachers, generation=generation)
+        student = steps.train_student(work, data, teachers, labels, generation=generation)
+        teachers = [student]
+    return student

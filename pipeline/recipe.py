@@ -9,25 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
-)
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
-Size = Annotated[int, Field(ge=1)]
-
-
-class Spec(BaseModel):
-    """Base of every section: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+from .spec import Fraction, Positive, Size, Spec
+from .training_spec import TAUGHT, DistillSpec, FeatureSpec, SoftSpec, TrainSpec
 
 
 class ComputeSpec(Spec):
@@ -88,6 +73,13 @@ class SplitSpec(Spec):
     fraction: Fraction
 
 
+class UnlabelledSpec(Spec):
+    """Images without labels: anywhere below a folder, in a .parquet file, or `digits`."""
+
+    path: str
+    image: str | None = None  # parquet: column of images; labels beside it are ignored
+
+
 def _which_part(value: object) -> str:
     """`{fraction: 0.2}` or `0.1` takes a part of train; anything else names a set."""
     if isinstance(value, int | float):
@@ -97,6 +89,7 @@ def _which_part(value: object) -> str:
 
 
 _Source = Annotated[SourceSpec, Tag("source")]
+_Unlabelled = Annotated[UnlabelledSpec, Tag("source")]
 _Split = Annotated[SplitSpec, Tag("split")]
 _Number = Annotated[Fraction, Tag("number")]
 
@@ -107,6 +100,8 @@ class DataSpec(Spec):
     train: SourceSpec
     test: Annotated[_Source | _Split, Discriminator(_which_part)]
     validation: Annotated[_Source | _Split | _Number, Discriminator(_which_part)] = 0.1
+    # images that only the teacher labels; a fraction hides the labels of that share of train
+    unlabelled: Annotated[_Unlabelled | _Split, Discriminator(_which_part)] | None = None
     calibration: Size = 512  # samples of train
     labels: tuple[str, ...] | None = None  # class names in order, where the data has none
     preprocess: PreprocessSpec | None = None
@@ -114,68 +109,11 @@ class DataSpec(Spec):
     allow_overlap: bool = False  # the same image in train and test
 
 
-class AugmentSpec(Spec):
-    """Replayable augmentation: every view is a function of (sample, view number, seed)."""
-
-    crop: Literal["none", "pad", "resized"] = "pad"
-    pad: Size | None = None  # pixels of reflect padding; None: an eighth of the side
-    scale: tuple[Fraction, Annotated[float, Field(gt=0, le=1)]] = (0.35, 1.0)  # area, `resized`
-    flip: bool = False  # left-right
-    erase: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability of random erasing
-    mixup: Annotated[float, Field(ge=0)] = 0.0  # alpha of Beta(alpha, alpha); 0: off
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
-
-    @model_validator(mode="after")
-    def _one_mix(self) -> Self:
-        if self.mixup and self.cutmix:
-            raise ValueError("mixup and cutmix are both on: choose one")
-        if self.scale[0] >= self.scale[1]:
-            raise ValueError(f"scale: {list(self.scale)} must rise from its first to its second")
-        return self
-
-
-class TrainSpec(Spec):
-    """One training run. Used for the teacher, for a student without one, and for distillation."""
-
-    epochs: Size = 30
-    batch_size: Size = 128
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: Positive | None = None  # None: 0.1 · batch/256 for sgd, 1e-3 for adamw
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # sgd (Nesterov)
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4  # on matrices and kernels only
-    schedule: Literal["cosine", "one-cycle", "constant"] = "cosine"
-    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0  # at most half of the run
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    ema: Annotated[float | None, Field(gt=0, lt=1)] = None  # decay a step; shipped if set
-    clip_norm: Positive | None = 5.0
-    early_stopping: Size | None = None  # epochs without a better validation accuracy
-    select: Literal["best", "final"] = "best"  # which epoch's weights go on
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    checkpoint_minutes: Annotated[float, Field(ge=0)] = 1.0  # at the end of an epoch at earliest
-    augment: AugmentSpec = AugmentSpec()
-
-
-class DistillSpec(TrainSpec):
-    """Training against the teacher's stored soft labels and the hard ones."""
-
-    strategy: Literal["auto"] = "auto"  # vision: stored soft labels, KD + cross-entropy
-    temperature: Positive = 4.0
-    soft_weight: Annotated[float, Field(ge=0)] = 0.9  # of T² · KL(teacher ‖ student)
-    hard_weight: Annotated[float, Field(ge=0)] = 0.1  # of cross-entropy
-    views: Size = 8  # augmented views of the training set that the teacher labels
-
-    @model_validator(mode="after")
-    def _something_to_learn(self) -> Self:
-        if self.soft_weight + self.hard_weight == 0:
-            raise ValueError("soft_weight and hard_weight are both 0: there is nothing to learn")
-        return self
-
-
 class NetworkSpec(Spec):
     """Where a network comes from: a zoo name, FILE.py:factory, or FILE.pt2."""
 
     model: str
-    args: dict[str, Any] = {}  # passed to the factory
+    args: dict[str, Any] = Field(default_factory=dict)  # passed to the factory
     weights: str | None = None  # safetensors, or a state dict that torch.load(weights_only) reads
     head: Literal["keep", "new"] = "keep"  # new: the classifier is replaced, for another task
     train: TrainSpec | None = None
@@ -254,6 +192,14 @@ class GateSpec(Spec):
         return self
 
 
+def _one_or_many(value: object) -> str:
+    return "many" if isinstance(value, list | tuple) else "one"
+
+
+_Many = Annotated[tuple[TeacherSpec, ...], Field(min_length=1), Tag("many")]
+_Teachers = Annotated[Annotated[TeacherSpec, Tag("one")] | _Many, Discriminator(_one_or_many)]
+
+
 class Recipe(Spec):
     """The whole wish. The sections are wishes, not steps: `flow.py` owns the order."""
 
@@ -261,13 +207,20 @@ class Recipe(Spec):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     compute: ComputeSpec = ComputeSpec()
     data: DataSpec
-    teacher: TeacherSpec | None = None
+    teacher: _Teachers | None = None  # a list: several teachers, the first is the reference
     student: StudentSpec
     distill: DistillSpec | None = None
     quantize: QuantizeSpec | None = None
     export: ExportSpec = ExportSpec()
     profile: ProfileSpec | None = ProfileSpec()
     gate: GateSpec = GateSpec()
+
+    @property
+    def teachers(self) -> tuple[TeacherSpec, ...]:
+        """None, one or several."""
+        if self.teacher is None:
+            return ()
+        return self.teacher if isinstance(self.teacher, tuple) else (self.teacher,)
 
     @model_validator(mode="before")
     @classmethod
@@ -286,59 +239,151 @@ class Recipe(Spec):
 
 def _conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
     """(does it hold, what to say), a row a rule; each text starts with the key it is about."""
-    teacher, student, gate = recipe.teacher, recipe.student, recipe.gate
-    given = [n for n in (teacher, student) if n is not None and n.weights is not None]
-    programs = [n for n in (teacher, student) if n is not None and n.is_program]
+    return [*_network_conflicts(recipe), *_distill_conflicts(recipe), *_gate_conflicts(recipe)]
+
+
+def _network_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
+    teachers, student, distill = recipe.teachers, recipe.student, recipe.distill
+    networks = [*teachers, student]
+    given = [n for n in networks if n.weights is not None]
+    is_joint = distill is not None and distill.target == "joint"
     return [
         (
-            teacher is not None and not teacher.is_trained and teacher.train is None,
+            any(not t.is_trained and t.train is None for t in teachers) and not is_joint,
             "teacher: neither weights nor train is given, and an untrained teacher teaches noise; "
             "add `weights:` or `train: {epochs: 20}`",
         ),
         (
-            teacher is None and recipe.distill is not None,
-            "distill: there is no teacher to distil from; add a `teacher:` section, or use "
-            "`student.train` to train from labels alone",
+            distill is not None and student.train is not None,
+            "student.train: the student is trained by `distill`; move these options there",
         ),
         (
-            teacher is not None and student.train is not None,
-            "student.train: with a teacher the student is trained by `distill`; move these "
-            "options there",
-        ),
-        (
-            teacher is None and student.train is None and not student.is_trained,
+            distill is None and student.train is None and not student.is_trained,
             "student: it has no weights, no teacher and no `train` section, so nothing would be "
             "learnt; add one of them",
         ),
         (
-            student.is_program and (student.train is not None or recipe.distill is not None),
+            student.is_program and (student.train is not None or distill is not None),
             "student.model: a .pt2 program cannot be trained; give FILE.py:factory, or leave out "
             "teacher, distill and train to export it as it is",
         ),
         (
-            teacher is not None and teacher.is_program and teacher.train is not None,
+            any(t.is_program and t.train is not None for t in teachers),
             "teacher.train: a .pt2 program cannot be trained; leave `train` out",
         ),
         (
-            any(n.is_program and n.weights is not None for n in (teacher, student) if n),
+            any(n.is_program and n.weights is not None for n in networks),
             "weights: a .pt2 file holds its own weights; leave `weights` out",
         ),
         (
-            any(n.head == "new" and n.weights is None for n in (teacher, student) if n),
+            any(n.head == "new" and n.weights is None for n in networks),
             "head: `new` replaces the classifier of given weights, and none are given",
         ),
         (
-            any(
-                n.head == "new" and not n.train and not (n is student and recipe.distill)
-                for n in given
-            ),
+            any(n.head == "new" and not n.train and not (n is student and distill) for n in given),
             "head: a new classifier must be trained; add a `train` section beside it",
         ),
         (
-            bool(given or programs) and not _is_fully_given(recipe.data.preprocess),
+            any(n.is_trained for n in networks) and not _is_fully_given(recipe.data.preprocess),
             "data.preprocess: weights are given, and what they were trained with is not guessed; "
             "write preprocess with mean and std (`compress init` proposes one)",
         ),
+    ]
+
+
+def _distill_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
+    spec, teachers = recipe.distill, recipe.teachers
+    if spec is None:
+        return [
+            (
+                recipe.data.unlabelled is not None,
+                "data.unlabelled: only a teacher can label these images; add a `teacher:` or "
+                "`distill:` section, or leave them out",
+            )
+        ]
+    terms = spec.objectives or ()
+    features = [term.name for term in terms if isinstance(term, FeatureSpec)]
+    soft = [term.name for term in terms if isinstance(term, SoftSpec)]
+    mixes = bool(spec.augment.mixup or spec.augment.cutmix)
+    is_self_taught = spec.target is not None and spec.target not in TAUGHT
+    return [
+        (
+            not teachers and not is_self_taught and spec.generations == 1,
+            "distill: there is no teacher to distil from; add a `teacher:` section, let the "
+            "student teach itself (`target: ema`, `exits` or `peers`, or `generations: 2`), or "
+            "use `student.train` to train from labels alone",
+        ),
+        (
+            spec.target == "joint" and len(teachers) != 1,
+            f"distill.target: joint trains one teacher with the student, got {len(teachers)}",
+        ),
+        (
+            bool(teachers) and spec.target in ("ema", "exits", "peers"),
+            f"distill.target: with {spec.target} the student is its own teacher; leave out "
+            "`teacher:`, or use `target: live` or `stored`",
+        ),
+        (
+            spec.target == "joint" and any(t.is_program or t.train for t in teachers),
+            "teacher: with `target: joint` it is trained together with the student; leave out "
+            "`train`, and give a network rather than a .pt2 program",
+        ),
+        (
+            is_self_taught and spec.generations > 1,
+            f"distill.generations: a generation is taught by the one before, not by {spec.target}",
+        ),
+        (
+            bool(features) and spec.target not in (None, "live"),
+            f"distill.objectives: {', '.join(features)} compares feature maps, which are neither "
+            f"stored nor had from {spec.target}; use `target: live`",
+        ),
+        (
+            bool(features) and any(t.is_program for t in teachers),
+            f"distill.objectives: {', '.join(features)} needs the teacher's layers, and a .pt2 "
+            "program shows none; give FILE.py:factory, or use objectives over logits",
+        ),
+        (
+            any(term.of > max(1, len(teachers)) for term in terms if isinstance(term, FeatureSpec)),
+            f"distill.objectives: `of` names a teacher that is not there ({len(teachers)} given)",
+        ),
+        (
+            bool(terms) and is_self_taught and not {"hard", "kd"} <= {term.name for term in terms},
+            f"distill.objectives: `target: {spec.target}` needs `hard` and `kd`: without labels "
+            "nobody would know an answer, without kd nobody would pass it on",
+        ),
+        (
+            isinstance(spec.combine, tuple) and len(spec.combine) != len(teachers),
+            f"distill.combine: expected a weight for each of {len(teachers)} teachers, got "
+            f"{len(spec.combine) if isinstance(spec.combine, tuple) else 0}",
+        ),
+        (
+            recipe.data.unlabelled is not None and is_self_taught,
+            f"data.unlabelled: `target: {spec.target}` learns its answers from labels, which these "
+            "images do not have; give a teacher",
+        ),
+        (
+            recipe.data.unlabelled is not None and bool(terms) and not ({"kd", "dist"} & set(soft)),
+            "data.unlabelled: no objective can use images without labels; add `kd` or `dist`",
+        ),
+        (
+            "dkd" in soft and (recipe.data.unlabelled is not None or mixes),
+            "distill.objectives: dkd needs one true class for each image, which unlabelled and "
+            "mixed images do not have; use kd",
+        ),
+        (
+            spec.confidence_floor is not None and recipe.data.unlabelled is None,
+            "distill.confidence_floor: it chooses among unlabelled images, and there are none; "
+            "add `data.unlabelled`",
+        ),
+        (
+            spec.confidence_floor is not None and (bool(features) or spec.target == "live"),
+            "distill.confidence_floor: it is measured on stored labels; use `target: stored`",
+        ),
+    ]
+
+
+def _gate_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
+    gate = recipe.gate
+    return [
         (
             gate.max_quantization_drop_points is not None and recipe.quantize is None,
             "gate.max_quantization_drop_points: nothing is quantized, so it would never be "

@@ -17,7 +17,7 @@ from .workspace import copy_atomically, file_sha256, write_atomically
 
 MODEL, REJECTED = "model.onnx", "rejected.onnx"
 REPORT, MANIFEST = "report.json", "manifest.json"
-SAMPLES = "samples.parquet"
+SAMPLES, TRAINING = "samples.parquet", "training.jsonl"
 # In the order in which they are withdrawn: the model first.
 FILES = (
     MODEL,
@@ -26,6 +26,7 @@ FILES = (
     REPORT,
     "report.md",
     SAMPLES,
+    TRAINING,
     "model.fp32.onnx",
     "student.safetensors",
     "student.pt2",

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from .recipe import Spec
+from .spec import Spec
 
 Outcome = Literal["pass", "fail", "inconclusive", "invalid"]
-Role = Literal["teacher", "student", "float", "int8"]
+Role = Literal["teacher", "student", "float", "int8", "baseline"]
 
 
 class StageRecord(Spec):
@@ -26,7 +26,8 @@ class StageRecord(Spec):
 
 
 class ModelRecord(Spec):
-    """One model on the whole test set. `teacher` and `student` run in torch, the others in ORT."""
+    """One model on the whole test set. Networks run in torch, `float` and `int8` in onnxruntime;
+    `baseline` is the student trained without a teacher."""
 
     role: Role
     runs_in: Literal["torch", "onnxruntime"]
@@ -184,7 +185,8 @@ def summary_rows(report: Report) -> list[dict[str, str]]:
 
 
 def _latency_name(role: Role) -> str:
-    return {"teacher": "teacher-onnx", "student": "float", "float": "float", "int8": "int8"}[role]
+    names = {"teacher": "teacher-onnx", "student": "float", "float": "float", "int8": "int8"}
+    return names.get(role, "")
 
 
 def _title(role: Role, report: Report) -> str:

@@ -81,6 +81,22 @@ class Silent:
 
 
 @dataclass(frozen=True)
+class World:
+    """This process among those that do a stage together. The first leads: it alone writes."""
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1  # of them on this machine
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+
+ALONE = World()
+
+
+@dataclass(frozen=True)
 class Context:
     """All that a stage may read besides its spec and its input artifacts."""
 
@@ -89,6 +105,7 @@ class Context:
     device: str  # "cpu" or "cuda", already resolved
     scratch: Path
     events: Events
+    world: World = ALONE
 
     @property
     def resume(self) -> Path:

@@ -1,32 +1,33 @@
 """The stages as `flow.py` calls them: each names what it reads, so that it is recalled exactly
-when nothing it reads has changed, and hands its work to the capability that does it.
+when nothing it reads has changed, and hands its work to the capability that does it. What the
+report makes of it is in `record.py`.
 """
 
 from __future__ import annotations
 
-import datetime
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from .. import __version__
 from ..exporters.sessions import open_session, run_batches
 from ..models.source import open_network
 from ..models.weights import load_weights, read_state
-from . import release
 from .data.dataset import Data, open_data
 from .data.preprocess import to_input
 from .data.stage import prepare_data as prepare
 from .data.stage import source_fingerprint
+from .distill.label_store import network_sha256
 from .distill.labels import store_labels as store
+from .distill.strategy import Plan, choose
+from .distill.student import JOINT_TEACHER, Lessons
 from .distill.student import train_student as train
 from .distill.teacher import prepare_teacher as teach
 from .errors import RecipeError
@@ -34,11 +35,13 @@ from .export import export_float
 from .gate import provable_drop
 from .measure.latency import Row, speedup
 from .measure.latency import measure_latency as measure
-from .measure.machine import available_threads, cpu_capability, describe_machine
+from .measure.machine import available_threads, cpu_capability
 from .quantize.ptq import quantize_static
-from .recipe import NetworkSpec, Recipe
-from .report import LatencyRecord, Report, Role, SpeedupRecord, StageRecord, to_markdown
-from .stage import Artifact, Events, Noting
+from .recipe import NetworkSpec, Recipe, TeacherSpec
+from .record import Latency, Models, baseline_note
+from .report import LatencyRecord, SpeedupRecord
+from .stage import ALONE, Artifact, Events, Noting, World
+from .training_spec import DistillSpec, TrainSpec
 from .verify.evidence import gather
 from .workspace import Workspace, file_sha256, tree_sha256
 
@@ -56,36 +59,13 @@ class Work:
     recipe: Recipe
     workspace: Workspace
     done: list[Artifact] = field(default_factory=list)
-    # "teacher"/"student" → hash of its weights file and of the user's own modules
+    # "teacher", "teacher-2", "student" → hash of its weights file and of the user's own modules
     origins: dict[str, str] = field(default_factory=dict)
     data_fingerprint: str = ""
     notes: list[str] = field(default_factory=list)  # the flow's own; stages keep theirs
 
 
-@dataclass(frozen=True)
-class Models:
-    """The artifacts that are compared: `deployed` is `floating` where nothing is quantized."""
-
-    teacher: Artifact | None
-    student: Artifact
-    floating: Artifact
-    deployed: Artifact
-    teacher_onnx: Artifact | None
-
-    @property
-    def is_quantized(self) -> bool:
-        return self.deployed is not self.floating
-
-    @property
-    def reference(self) -> Role:
-        return "student" if self.teacher is None else "teacher"
-
-    @property
-    def deployed_role(self) -> Role:
-        return "int8" if self.is_quantized else "float"
-
-
-def begin(recipe: Recipe, root: Path, *, events: Events, fresh: bool) -> Work:
+def begin(recipe: Recipe, root: Path, *, events: Events, fresh: bool, world: World = ALONE) -> Work:
     """Open the workspace on the machine as it is."""
     compute = recipe.compute
     device = compute.device
@@ -93,7 +73,7 @@ def begin(recipe: Recipe, root: Path, *, events: Events, fresh: bool) -> Work:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("compute.device: cuda is asked for, and torch sees no CUDA device here")
-    threads = compute.threads or available_threads()
+    threads = compute.threads or max(1, available_threads() // world.local_size)
     if threads > available_threads():
         raise RecipeError(
             f"compute.threads: {threads} asked for, this process may use {available_threads()}"
@@ -104,13 +84,14 @@ def begin(recipe: Recipe, root: Path, *, events: Events, fresh: bool) -> Work:
         threads=threads,
         device=device,
         events=events,
+        world=world,
         identity={
             "source": [tree_sha256(PACKAGE / part, pattern="*.py") for part in SOURCES],
             "versions": {name: importlib.metadata.version(name) for name in PINNED},
             "cpu": cpu_capability(),
         },
     )
-    if fresh:
+    if fresh and world.leads:
         workspace.forget()
     return Work(recipe, workspace)
 
@@ -129,9 +110,9 @@ def prepare_data(work: Work) -> Artifact:
 def check_before_training(work: Work, data: Artifact) -> None:
     """Everything that can be known to fail later is said now; so is what the test set can prove."""
     opened = _open(work, data)
-    for name, spec in (("teacher", work.recipe.teacher), ("student", work.recipe.student)):
-        if spec is not None:
-            work.origins[name] = _check_network(spec, opened, where=name)
+    teachers = {_numbered("teacher", i): spec for i, spec in enumerate(work.recipe.teachers)}
+    for name, spec in {**teachers, "student": work.recipe.student}.items():
+        work.origins[name] = _check_network(spec, opened, where=name)
     gate, n = work.recipe.gate, len(opened.test.labels)
     if gate.max_drop_points is not None:
         perfect, usual = (
@@ -148,23 +129,46 @@ def check_before_training(work: Work, data: Artifact) -> None:
         work.workspace.events.note(text)
 
 
-def prepare_teacher(work: Work, data: Artifact) -> Artifact:
-    spec = work.recipe.teacher
-    assert spec is not None
+def prepare_teachers(work: Work, data: Artifact) -> list[Artifact]:
+    """Each teacher of the recipe, trained or given; none where it is trained with the student."""
+    if _joint(work.recipe) is not None:
+        return []
+    return [
+        _prepare_teacher(work, data, _numbered("teacher", index), spec)
+        for index, spec in enumerate(work.recipe.teachers)
+    ]
+
+
+def _prepare_teacher(work: Work, data: Artifact, name: str, spec: TeacherSpec) -> Artifact:
     return _run(
         work,
-        "teacher",
+        name,
         lambda context: teach(spec, data.path, context=context, memory_budget_bytes=_budget(work)),
-        reads=_network_reads(work, "teacher", spec, data),
+        reads=_network_reads(work, name, spec, data),
+        together=True,
     )
 
 
-def store_labels(work: Work, data: Artifact, teacher: Artifact) -> Artifact:
-    spec = work.recipe.distill
-    assert spec is not None
+def store_labels(
+    work: Work, data: Artifact, teachers: Sequence[Artifact], *, generation: int
+) -> list[Artifact]:
+    """The soft labels of each teacher, where the student learns from stored ones."""
+    if not teachers or _plan(work).target != "stored":
+        return []
+    spec = _distill(work)
+    name = "labels" if generation == 1 else f"labels-generation-{generation}"
+    return [
+        _store_labels(work, data, _numbered(name, index), teacher, spec)
+        for index, teacher in enumerate(teachers)
+    ]
+
+
+def _store_labels(
+    work: Work, data: Artifact, name: str, teacher: Artifact, spec: DistillSpec
+) -> Artifact:
     return _run(
         work,
-        "labels",
+        name,
         lambda context: store(
             spec, teacher.path, data.path, context=context, memory_budget_bytes=_budget(work)
         ),
@@ -174,30 +178,82 @@ def store_labels(work: Work, data: Artifact, teacher: Artifact) -> Artifact:
             "augment": spec.augment.model_dump(mode="json"),
             "inputs": [data.sha256, teacher.sha256],
         },
+        together=True,
     )
 
 
 def train_student(
-    work: Work, data: Artifact, teacher: Artifact | None, labels: Artifact | None
+    work: Work,
+    data: Artifact,
+    teachers: Sequence[Artifact],
+    labels: Sequence[Artifact],
+    *,
+    generation: int,
 ) -> Artifact:
+    """The student, or the generation of it that comes next.
+
+    The first generation of a recipe without a teacher learns from the labels alone.
+    """
     spec, distill = work.recipe.student, work.recipe.distill
+    is_last = distill is None or generation == distill.generations
+    lessons = None
+    if distill is not None:
+        plan = choose(distill)
+        if teachers or plan.target not in ("stored", "live"):
+            lessons = Lessons(
+                distill,
+                plan,
+                stores=tuple(one.path for one in labels),
+                teachers=tuple(one.path for one in teachers),
+                joint=_joint(work.recipe),
+                generation=generation,
+            )
+        else:
+            spec = spec.model_copy(update={"train": _without_teacher(distill)})
     return _run(
         work,
-        "student",
+        "student" if is_last else f"generation-{generation}",
         lambda context: train(
-            spec,
-            distill,
-            data.path,
-            None if labels is None else labels.path,
-            None if teacher is None else teacher.path,
-            context=context,
-            memory_budget_bytes=_budget(work),
+            spec, lessons, data.path, context=context, memory_budget_bytes=_budget(work)
         ),
         reads=_network_reads(work, "student", spec, data)
         | {
-            "distill": None if distill is None else distill.model_dump(mode="json"),
-            "labels": None if labels is None else labels.sha256,
+            "distill": None if lessons is None else lessons.spec.model_dump(mode="json"),
+            "labels": [one.sha256 for one in labels],
+            "teachers": [one.sha256 for one in teachers],
+            "joint": work.origins.get("teacher") if _joint(work.recipe) else None,
+            "generation": generation,
         },
+        together=True,
+    )
+
+
+def train_baseline(work: Work, data: Artifact) -> Artifact | None:
+    """The same student under the same schedule without a teacher, where the recipe asks for it."""
+    distill = work.recipe.distill
+    if distill is None or not distill.baseline:
+        return None
+    spec = work.recipe.student.model_copy(update={"train": _without_teacher(distill)})
+    return _run(
+        work,
+        "baseline",
+        lambda context: train(
+            spec, None, data.path, context=context, memory_budget_bytes=_budget(work)
+        ),
+        reads=_network_reads(work, "student", spec, data),
+        together=True,
+    )
+
+
+def reference_teacher(
+    work: Work, teachers: Sequence[Artifact], student: Artifact
+) -> Artifact | None:
+    """The teacher that the student is held against: the first, or the one trained beside it."""
+    if _joint(work.recipe) is None:
+        return teachers[0] if teachers else None
+    folder = student.path / JOINT_TEACHER
+    return dataclasses.replace(
+        student, stage="teacher", path=folder, sha256=network_sha256(folder), notes=()
     )
 
 
@@ -229,8 +285,10 @@ def quantize(work: Work, data: Artifact, floating: Artifact) -> Artifact:
 
 def verify(work: Work, data: Artifact, models: Models) -> Artifact:
     """Parity rung by rung, and every model once over the whole test set."""
-    artifacts = (models.teacher, models.student, models.floating, models.deployed)
-    return _run(
+    artifacts = (
+        models.teacher, models.student, models.floating, models.deployed, models.baseline
+    )  # fmt: skip
+    evidence = _run(
         work,
         "verify",
         lambda context: gather(
@@ -239,18 +297,18 @@ def verify(work: Work, data: Artifact, models: Models) -> Artifact:
             student=models.student.path,
             floating=models.floating.path,
             int8=models.deployed.path if models.is_quantized else None,
+            baseline=None if models.baseline is None else models.baseline.path,
             reference=models.reference,
             context=context,
             memory_budget_bytes=_budget(work),
         ),
         reads={"inputs": [data.sha256, *(a and a.sha256 for a in artifacts)]},
     )
-
-
-@dataclass(frozen=True)
-class Latency:
-    rows: tuple[LatencyRecord, ...]
-    speedup: SpeedupRecord
+    gained = baseline_note(dict(evidence.measurements))
+    if gained is not None:
+        work.notes.append(gained)
+        work.workspace.events.note(gained)
+    return evidence
 
 
 def measure_latency(work: Work, data: Artifact, models: Models) -> Latency:
@@ -300,56 +358,10 @@ def _answers(path: Path, inputs: Any) -> Any:
     return run_batches(open_session(path, threads=1), inputs, len(inputs))
 
 
-def write_report(
-    work: Work, data: Artifact, models: Models, evidence: Artifact, latency: Latency | None
-) -> Report:
-    found = evidence.measurements
-    return Report(
-        tool_version=__version__,
-        created_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        recipe=work.recipe.model_dump(mode="json"),
-        reference=models.reference,
-        deployed=models.deployed_role,
-        model_sha256=file_sha256(models.deployed.path / "model.onnx"),
-        data_sha256=data.sha256,
-        environment=describe_machine(),
-        stages=tuple(_stage_record(artifact) for artifact in work.done),
-        notes=tuple(dict.fromkeys([*work.notes, *(n for done in work.done for n in done.notes)])),
-        models=[_with_sizes(row, models) for row in found["models"]],
-        pairs=found["pairs"],
-        parity=found["parity"],
-        latency=() if latency is None else latency.rows,
-        speedup=None if latency is None else latency.speedup,
-    )
-
-
-def publish(folder: Path, models: Models, evidence: Artifact, report: Report) -> Path:
-    """Put everything where the user looks for it, the model last."""
-    assert report.verdict is not None
-    program = models.student.path / "program.pt2"
-    net = (
-        {"student.pt2": program}
-        if program.exists()
-        else {"student.safetensors": models.student.path / "model.safetensors"}
-    )
-    recipe = yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True)
-    return release.publish(
-        folder,
-        model=models.deployed.path / "model.onnx",
-        passed=report.verdict.outcome == "pass",
-        files={
-            "model.fp32.onnx": models.floating.path / "model.onnx",
-            **net,
-            "recipe.yaml": recipe,
-            release.SAMPLES: evidence.path / release.SAMPLES,
-            release.REPORT: report.model_dump_json(indent=1) + "\n",
-            "report.md": to_markdown(report),
-        },
-    )
-
-
-def _run(work: Work, name: str, call: Any, *, reads: Mapping[str, Any]) -> Artifact:
-    artifact = work.workspace.run_stage(name, call, reads=reads)
+def _run(
+    work: Work, name: str, call: Any, *, reads: Mapping[str, Any], together: bool = False
+) -> Artifact:
+    artifact = work.workspace.run_stage(name, call, reads=reads, together=together)
     work.done.append(artifact)
     return artifact
 
@@ -423,37 +435,36 @@ def _check_network(spec: NetworkSpec, data: Data, *, where: str) -> str:
     return digest.hexdigest()
 
 
+def _plan(work: Work) -> Plan:
+    return choose(_distill(work))
+
+
+def _distill(work: Work) -> DistillSpec:
+    assert work.recipe.distill is not None
+    return work.recipe.distill
+
+
+def _joint(recipe: Recipe) -> TeacherSpec | None:
+    """The teacher that is trained together with the student, if the recipe asks for that."""
+    is_joint = recipe.distill is not None and recipe.distill.target == "joint"
+    return recipe.teachers[0] if is_joint else None
+
+
+def _without_teacher(distill: DistillSpec) -> TrainSpec:
+    """The schedule alone."""
+    return TrainSpec.model_validate(
+        {name: getattr(distill, name) for name in TrainSpec.model_fields}
+    )
+
+
+def _numbered(name: str, index: int) -> str:
+    """teacher, teacher-2, teacher-3, …"""
+    return name if index == 0 else f"{name}-{index + 1}"
+
+
 def _open(work: Work, data: Artifact) -> Data:
     return open_data(data.path, memory_budget_bytes=_budget(work))
 
 
 def _budget(work: Work) -> int:
     return int(work.recipe.compute.memory_budget_gib * 2**30)
-
-
-def _stage_record(artifact: Artifact) -> StageRecord:
-    return StageRecord(
-        name=artifact.stage,
-        recalled=artifact.recalled,
-        seconds=artifact.seconds,
-        sha256=artifact.sha256,
-        measurements=dict(artifact.measurements),
-    )
-
-
-def _with_sizes(row: dict[str, Any], models: Models) -> dict[str, Any]:
-    """Parameters, multiply-adds and bytes come from the ONNX file of the same network."""
-    owner = {
-        "teacher": models.teacher_onnx,
-        "student": models.floating,
-        "float": models.floating,
-        "int8": models.deployed,
-    }[row["role"]]
-    if owner is None:
-        return row
-    sizes = owner.measurements
-    return row | {
-        "parameters": sizes["parameters"],
-        "multiply_adds": sizes["multiply_adds"],
-        "onnx_bytes": sizes["bytes"],
-    }

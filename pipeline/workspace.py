@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OutputError
-from .stage import RESUME_FOLDER, Artifact, Context, Events, Noting
+from .stage import ALONE, RESUME_FOLDER, Artifact, Context, Events, Noting, World
 
 FOLDER = ".edgestill"
 OUTCOME = "outcome.json"
@@ -41,6 +41,7 @@ class Workspace:
     device: str
     events: Events
     identity: Mapping[str, Any] = field(default_factory=dict)
+    world: World = ALONE
 
     def run_stage(
         self,
@@ -48,6 +49,7 @@ class Workspace:
         work: Callable[[Context], Mapping[str, Any]],
         *,
         reads: Mapping[str, Any],
+        together: bool = False,
     ) -> Artifact:
         """The committed result of `work`, recalled if everything in `reads` is as before.
 
@@ -55,26 +57,44 @@ class Workspace:
             name: of the stage.
             work: writes files into `context.scratch`, returns JSON-able measurements.
             reads: specs, input artifacts' hashes, paths' hashes: all that `work` depends on.
+            together: of several processes all do the work, not the leading one alone. Only what
+                that one writes and returns counts.
         """
         key = self.key(name, reads)
         home = self.root / "stages" / name / key
         self.events.started(name)
-        recalled = _recall(home, name)
+        recalled = self._shared(_recall(home, name) if self.world.leads else None)
         if recalled is not None:
             for note in recalled.notes:
                 self.events.note(note)
             self.events.finished(name, seconds=recalled.seconds, recalled=True)
             return recalled
         scratch = self.root / "scratch" / name / key
-        _drop_other_scratch(scratch)
-        _keep_only_resumable(scratch)
+        if self.world.leads:
+            _drop_other_scratch(scratch)
+            _keep_only_resumable(scratch)
+        self._shared(None)  # nobody looks into scratch before it is ready
         events = Noting(self.events)
-        context = Context(self.seed, self.threads, self.device, scratch, events)
+        context = Context(self.seed, self.threads, self.device, scratch, events, self.world)
         start = time.monotonic()
-        outcome = {"measurements": work(context), "notes": events.notes}
-        artifact = _commit(scratch, home, name, outcome, seconds=time.monotonic() - start)
+        measurements = work(context) if together or self.world.leads else {}
+        committed = None
+        if self.world.leads:
+            outcome = {"measurements": measurements, "notes": events.notes}
+            committed = _commit(scratch, home, name, outcome, seconds=time.monotonic() - start)
+        artifact = self._shared(committed)
+        assert artifact is not None
         self.events.finished(name, seconds=artifact.seconds, recalled=False)
         return artifact
+
+    def _shared(self, artifact: Artifact | None) -> Artifact | None:
+        """The leading process's artifact, in all of them."""
+        if self.world.size == 1:
+            return artifact
+        from .train.distributed import shared  # torch; a recipe's errors must not wait for it
+
+        everybodys: Artifact | None = shared(artifact, world=self.world)
+        return everybodys
 
     def key(self, name: str, reads: Mapping[str, Any]) -> str:
         """sha256 of the canonical JSON of everything the stage may read."""
@@ -85,6 +105,7 @@ class Workspace:
             "threads": self.threads,
             "device": self.device,
             "identity": self.identity,
+            **({"processes": self.world.size} if self.world.size > 1 else {}),
         }
         text = json.dumps(everything, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -96,15 +117,19 @@ class Workspace:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[Path]:
+def locked(folder: Path, *, world: World = ALONE) -> Iterator[Path]:
     """Hold the lock of `folder/.edgestill`, created if need be; yields that folder.
 
-    The lock belongs to the process, not to the file: one left by a dead process is free.
+    The lock belongs to the process, not to the file: one left by a dead process is free. Of
+    several processes the leading one holds it for all.
 
     Raises:
         OutputError: another live process holds it, or the folder cannot be written.
     """
     root = folder / FOLDER
+    if not world.leads:
+        yield root
+        return
     try:
         root.mkdir(parents=True, exist_ok=True)
         handle = open(root / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (lives past this block)

@@ -19,11 +19,12 @@ from edgestill.models.source import open_network
 from edgestill.pipeline.data.augment import Views
 from edgestill.pipeline.data.dataset import ImageSet
 from edgestill.pipeline.measure.machine import available_threads
-from edgestill.pipeline.recipe import AugmentSpec, PreprocessSpec, TrainSpec
+from edgestill.pipeline.recipe import PreprocessSpec
 from edgestill.pipeline.stage import Context, Silent
 from edgestill.pipeline.train.loop import Task, fit
 from edgestill.pipeline.train.optimizer import build_optimizer
 from edgestill.pipeline.train.precision import choose_precision
+from edgestill.pipeline.training_spec import AugmentSpec, TrainSpec
 
 NET, BATCH, STEPS, ROUNDS = "resnet20", 256, 30, 7
 PREPROCESS = PreprocessSpec(crop=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
@@ -83,7 +84,7 @@ def ours(spec: TrainSpec, images: ImageSet, threads: int) -> float:
             "hard": torch.nn.functional.cross_entropy(module(batch.inputs), batch.labels)
         },
         weights={"hard": 1.0},
-        validate=lambda _: 0.0,
+        validate=lambda _: {"accuracy": 0.0},
     )
     with tempfile.TemporaryDirectory() as scratch:
         context = Context(0, threads, "cpu", Path(scratch), Silent())

@@ -2,8 +2,9 @@
 against the live teacher.
 
 Layout of the folder: `labels.json`, the header; `view-0000.npy` … one float16 (N, C) array a view,
-rows in the order of the train split; `ids.npy`, the sample ids of those rows. The full logits are
-stored for every C: 2·C bytes a sample and view.
+rows in the order of the training images (the unlabelled ones last); `ids.npy`, the sample ids of
+those rows; `validation.npy`, float32 logits of the validation set. The full logits are stored for
+every C: 2·C bytes a sample and view.
 
 The header binds all that the numbers depend on. A student that sees other pixels, classes or rows
 than the teacher did learns noise without any error, so a store that does not match is refused.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,13 @@ from torch import Tensor
 
 from ...models.source import Network
 from ..data.augment import AUGMENT_VERSION, Views
-from ..data.dataset import Data
+from ..data.dataset import Data, with_unlabelled
 from ..data.preprocess import preprocess_metadata
 from ..errors import IntegrityError
 from ..measure.accuracy import run_module
-from ..recipe import DistillSpec
 from ..stage import Context
 from ..train.precision import Precision
+from ..training_spec import DistillSpec
 from ..workspace import file_sha256
 
 Array = np.ndarray[Any, Any]
@@ -38,6 +39,7 @@ Array = np.ndarray[Any, Any]
 FORMAT = 1
 HEADER = "labels.json"
 IDS = "ids.npy"
+VALIDATION = "validation.npy"
 CHECKED = 256  # samples compared with the live teacher
 AGREEMENT = 0.99  # least fraction of them with the same answer
 
@@ -48,10 +50,16 @@ TOLERANCE = {"fp32": 2.0**-9, "bf16": 2.0**-5}
 
 @dataclass(frozen=True)
 class LabelStore:
-    """An opened store. `arrays` are memory-mapped, (N, C) float16, one a view."""
+    """An opened store.
+
+    Attributes:
+        arrays: memory-mapped, (N, C) float16, one a view.
+        validation: (M, C) float32, logits of the validation set.
+    """
 
     header: Mapping[str, Any]
     arrays: tuple[Array, ...]
+    validation: Array
 
     @property
     def views(self) -> int:
@@ -66,7 +74,7 @@ def describe(
     spec: DistillSpec, data: Data, *, seed: int, teacher: str | None = None
 ) -> dict[str, Any]:
     """What a store must have been made from, as its header holds it. teacher None: not compared."""
-    ids = np.ascontiguousarray(data.train.ids, dtype="<i8")
+    ids = np.ascontiguousarray(with_unlabelled(data).ids, dtype="<i8")
     header = {
         "format": FORMAT,
         "class_names": list(data.class_names),
@@ -102,11 +110,11 @@ def open_labels(folder: Path, *, expected: Mapping[str, Any]) -> LabelStore:
                 f"{path}: these stored labels are stale: {name}: expected {_short(value)}, got "
                 f"{_short(header.get(name))}; run with --fresh to label again"
             )
-    return LabelStore(header, open_arrays(folder, header))
+    return LabelStore(header, open_arrays(folder, header), open_array(folder / VALIDATION))
 
 
 def compare_live(
-    store: LabelStore,
+    arrays: Sequence[Array],
     network: Network,
     views: Views,
     *,
@@ -120,14 +128,14 @@ def compare_live(
     Raises:
         IntegrityError: answers differ on more than 1 %, or a logit by more than its rounding.
     """
-    rows, agree, worst, largest = int(store.header["rows"]), 0, 0.0, 0.0
+    rows, agree, worst, largest = len(arrays[0]), 0, 0.0, 0.0
     chosen = np.unique(np.linspace(0, rows - 1, min(CHECKED, rows)).astype(np.int64))
-    for view in range(store.views):
-        indices = torch.from_numpy(chosen[view :: store.views].copy())
+    for view, array in enumerate(arrays):
+        indices = torch.from_numpy(chosen[view :: len(arrays)].copy())
         if len(indices) == 0:
             continue
         live = forward(network, views, indices, view=view, precision=precision, context=context)
-        stored = store.rows(indices, view=view)
+        stored = torch.from_numpy(array[indices.numpy()]).float()
         limit = TOLERANCE[precision.name] * float(live.abs().max())
         worst = max(worst, float((live - stored).abs().max()))
         largest = max(largest, float(live.abs().max()))
@@ -175,16 +183,12 @@ def forward(
 
 
 def open_arrays(folder: Path, header: Mapping[str, Any]) -> tuple[Array, ...]:
+    """The stored views, memory-mapped."""
     shape = (header["rows"], len(header["class_names"]))
     arrays = []
     for view in range(header["views"]):
         path = folder / view_name(view)
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise IntegrityError(
-                f"{path}: expected stored labels, got: {error}; run with --fresh to label again"
-            ) from error
+        array = open_array(path)
         if array.shape != shape or array.dtype != np.float16:
             raise IntegrityError(
                 f"{path}: expected float16 {shape}, got {array.dtype} {array.shape}; run with "
@@ -192,6 +196,16 @@ def open_arrays(folder: Path, header: Mapping[str, Any]) -> tuple[Array, ...]:
             )
         arrays.append(array)
     return tuple(arrays)
+
+
+def open_array(path: Path) -> Array:
+    try:
+        array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise IntegrityError(
+            f"{path}: expected stored labels, got: {error}; run with --fresh to label again"
+        ) from error
+    return array
 
 
 def view_name(view: int) -> str:

@@ -1,7 +1,8 @@
 """The labels stage: a teacher's logits over K replayable views of the training set, stored once.
 
-Views are written one by one, so that a killed stage goes on after the last whole one. Before the
-store is handed on, 256 of its rows are compared with the live teacher.
+Views are written one by one, so that a killed stage goes on after the last whole one; of several
+processes each writes every so-many-th. Before the store is handed on, 256 of its rows are compared
+with the live teacher.
 """
 
 from __future__ import annotations
@@ -23,20 +24,22 @@ from ...exporters.reference import evaluating
 from ...models.source import Network
 from ...models.store import load_network
 from ..data.augment import Views
-from ..data.dataset import Data, open_data
+from ..data.dataset import Data, open_data, with_unlabelled
 from ..errors import ModelError, WeightsError
-from ..recipe import DistillSpec
+from ..measure.accuracy import logits_of_module
 from ..stage import Context
 from ..train.average import tensors_of
 from ..train.checkpoint import digest
+from ..train.distributed import wait_for_all
 from ..train.precision import Precision, choose_precision, measured_precision
 from ..train.reproducible import reproducible
+from ..training_spec import DistillSpec
 from ..workspace import write_atomically
 from .label_store import (
     CHECKED,
     HEADER,
     IDS,
-    LabelStore,
+    VALIDATION,
     compare_live,
     describe,
     forward,
@@ -74,34 +77,38 @@ def store_labels(
         ModelError: the teacher changes its own buffers in eval mode.
     """
     data = open_data(data_artifact, memory_budget_bytes=memory_budget_bytes)
+    images = with_unlabelled(data)
     network = load_network(teacher_artifact).network
     module = network.module.to(context.device)
-    views = Views(data.train, data.preprocess, spec.augment, context.seed, context.device)
+    views = Views(images, data.preprocess, spec.augment, context.seed, context.device)
     before = digest(tensors_of(module))
     with reproducible(threads=context.threads, device=context.device), evaluating(module):
-        precision, doubt = _label_precision(network, views, spec, data=data, context=context)
+        precision, doubt = _label_precision(network, views, spec, context=context)
         header = describe(spec, data, seed=context.seed, teacher=network_sha256(teacher_artifact))
         header["precision"] = precision.name
-        kept = _take_up(context, header)
+        kept = _take_up(context, header) if context.world.leads else 0
+        wait_for_all(context.world)
         start = time.perf_counter()
         _label_views(network, views, header, precision=precision, context=context)
+        wait_for_all(context.world)
         seconds = time.perf_counter() - start
+        if not context.world.leads:
+            return {}
         arrays = open_arrays(context.resume, header)
-        live = compare_live(
-            LabelStore(header, arrays), network, views, precision=precision, context=context
-        )
+        live = compare_live(arrays, network, views, precision=precision, context=context)
+        np.save(context.scratch / VALIDATION, _validation_logits(network, data, context=context))
     if digest(tensors_of(module)) != before:
         raise ModelError(
             f"teacher: {type(module).__name__} changed its own weights or buffers in eval mode; "
             "expected a teacher that stays as it is while it labels"
         )
-    hits = [_accuracy(array, data.train.labels) for array in arrays]
-    _publish(context, header, ids=data.train.ids)
-    made = (spec.views - kept) * len(data.train.labels)
+    hits = [_accuracy(array, images.labels) for array in arrays]
+    _publish(context, header, ids=images.ids)
+    made = (spec.views - kept) * len(images.labels)
     return {
         "views": spec.views,
         "resumed_views": kept,
-        "rows": len(data.train.labels),
+        "rows": len(images.labels),
         "bytes": sum(array.nbytes for array in arrays),
         "precision": asdict(precision),
         "bf16_against_fp32": doubt,
@@ -112,8 +119,19 @@ def store_labels(
     }
 
 
+def _validation_logits(network: Network, data: Data, *, context: Context) -> Array:
+    return logits_of_module(
+        network.module,
+        data.validation,
+        data.preprocess,
+        device=context.device,
+        fixed_batch=network.fixed_batch,
+        name="teacher",
+    )
+
+
 def _label_precision(
-    network: Network, views: Views, spec: DistillSpec, *, data: Data, context: Context
+    network: Network, views: Views, spec: DistillSpec, *, context: Context
 ) -> tuple[Precision, dict[str, Any] | None]:
     """The precision to label in, and how far bf16 is from fp32 if there was a choice."""
     if not network.trainable:
@@ -121,7 +139,7 @@ def _label_precision(
     wanted = choose_precision(spec.precision, device=context.device)
     if spec.precision != "auto" or wanted.name == "fp32":
         return wanted, None
-    rows = len(data.train.labels)
+    rows = len(views)
     indices = torch.from_numpy(np.linspace(0, rows - 1, min(CHECKED, rows)).astype(np.int64))
     exact, rough = (
         forward(network, views, indices, view=0, precision=precision, context=context)
@@ -170,7 +188,7 @@ def _label_views(
     """Write every view that is missing, each whole or not at all."""
     rows, count = header["rows"], header["views"]
     npy = {"descr": "<f2", "fortran_order": False, "shape": (rows, len(header["class_names"]))}
-    for view in range(count):
+    for view in range(context.world.rank, count, context.world.size):
         path = context.resume / view_name(view)
         if path.is_file():
             continue
@@ -208,4 +226,6 @@ def _publish(context: Context, header: Mapping[str, Any], *, ids: Array) -> None
 
 
 def _accuracy(logits: Array, labels: Array) -> float:
-    return float((np.asarray(logits).argmax(axis=1) == labels).mean())
+    """Of the rows that have a label."""
+    labelled = labels >= 0
+    return float((np.asarray(logits)[labelled].argmax(axis=1) == labels[labelled]).mean())

@@ -23,9 +23,13 @@ Array = np.ndarray[Any, Any]
 
 
 def build(
-    spec: NetworkSpec, data: Data, *, context: Context, where: str
+    spec: NetworkSpec, data: Data, *, context: Context, where: str, generation: int = 1
 ) -> tuple[Network, LoadReport | None]:
-    """The recipe's network with its weights, if any. `where` is "teacher" or "student".
+    """The recipe's network with its weights, if any.
+
+    Args:
+        where: "teacher", "student" or "peer-1" …: who it is, and so its initial weights.
+        generation: of a born-again student; each starts anew.
 
     Raises:
         ModelError, WeightsError: it cannot be built, or its weights do not fit.
@@ -35,7 +39,7 @@ def build(
         args=spec.args,
         classes=len(data.class_names),
         input_shape=data.input_shape,
-        seed=derive_seed(context.seed, where, "weights"),
+        seed=derive_seed(context.seed, where, "weights", *([generation] if generation > 1 else [])),
     )
     report = None
     if spec.weights is not None:
@@ -94,11 +98,13 @@ def training_record(result: FitResult) -> dict[str, Any]:
     return asdict(result)
 
 
-def save(network: Network, data: Data, *, context: Context) -> None:
+def save(network: Network, data: Data, *, context: Context, folder: str = ".") -> None:
     """Leave the network in `context.scratch`, with all that a user of it has to know."""
     network.module.to("cpu")
+    target = context.scratch / folder
+    target.mkdir(exist_ok=True)
     save_network(
-        context.scratch,
+        target,
         network,
         classes=len(data.class_names),
         input_shape=data.input_shape,

@@ -1,23 +1,32 @@
 """The student stage: given, trained from labels alone, fine-tuned, or distilled.
 
-A distilled student never meets the teacher: it learns from stored logits, whose header must say
-that they belong to exactly this data, these views and this teacher.
+From stored labels the student learns without ever meeting a teacher: their headers must say that
+they belong to exactly this data, these views and these teachers. Every other target is at work
+beside it; a live teacher must be the same, bit for bit, when the student is done.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ...models.source import Network
+from ...models.store import load_network
 from ..data.dataset import Data, open_data
-from ..errors import IntegrityError
-from ..recipe import DistillSpec, StudentSpec
+from ..errors import IntegrityError, ModelError
+from ..recipe import NetworkSpec, StudentSpec
 from ..stage import Context
+from ..train.average import tensors_of
+from ..train.checkpoint import digest
 from ..train.loop import FitResult, fit
 from ..train.reproducible import reproducible
+from ..training_spec import DistillSpec
 from .label_store import LabelStore, describe, network_sha256, open_labels
+from .learner import Learner
 from .networks import (
     build,
     describe_network,
@@ -26,39 +35,71 @@ from .networks import (
     save,
     training_record,
 )
-from .tasks import distilled, supervised
+from .strategy import Plan
+from .tasks import (
+    Course,
+    among_peers,
+    averaged,
+    beside_teacher,
+    supervised,
+    taught,
+    with_exits,
+)
 from .teacher import check_class_order
+
+JOINT_TEACHER = "teacher"  # folder of the teacher that was trained together with the student
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What a student is distilled by.
+
+    Attributes:
+        stores, teachers: folders of the labels and teacher stages, one for each teacher.
+        joint: the teacher to train together with it (`target: joint`).
+        generation: ≥ 1, of a born-again student; it starts from weights of its own.
+    """
+
+    spec: DistillSpec
+    plan: Plan
+    stores: tuple[Path, ...] = ()
+    teachers: tuple[Path, ...] = ()
+    joint: NetworkSpec | None = None
+    generation: int = 1
 
 
 def train_student(
     spec: StudentSpec,
-    distill: DistillSpec | None,
+    lessons: Lessons | None,
     data_artifact: Path,
-    labels_artifact: Path | None = None,
-    teacher_artifact: Path | None = None,
     *,
     context: Context,
     memory_budget_bytes: int,
 ) -> dict[str, Any]:
     """The student stage. Leaves the network in `context.scratch`.
 
-    With `distill` it learns from `labels_artifact`; otherwise from labels if `spec.train` is set;
-    otherwise it is only measured.
+    With `lessons` it is distilled; otherwise trained from labels if `spec.train` is set; otherwise
+    it is only measured.
 
-    Args:
-        teacher_artifact: if given, the stored labels must come from this very teacher.
     Raises:
-        IntegrityError: the stored labels are missing or stale.
+        IntegrityError: stored labels are missing or stale.
+        RecipeError: layers that cannot be joined.
         WeightsError: weights that do not fit, or given ones in another class order.
         MeasurementError: a loss or its logits are not finite.
     """
     data = open_data(data_artifact, memory_budget_bytes=memory_budget_bytes)
-    labels = None
-    if distill is not None:
-        labels = _labels(distill, data, labels_artifact, teacher_artifact, seed=context.seed)
+    more: dict[str, Any] = {}
+    generation = 1 if lessons is None else lessons.generation
     with reproducible(threads=context.threads, device=context.device):
-        network, report = build(spec, data, context=context, where="student")
-        training = _train(network.module, spec, distill, data=data, labels=labels, context=context)
+        network, report = build(spec, data, context=context, where="student", generation=generation)
+        training = None
+        if lessons is not None:
+            training, more = _distil(network, spec, lessons, data=data, context=context)
+        elif spec.train is not None:
+            task = supervised(data, spec.train, context=context)
+            training = fit(network.module, task, spec.train, context=context)
+        if not context.world.leads:
+            return {}
         found, counts = measure_validation(network, data, context=context, where="student")
     given = training is None
     if given:
@@ -66,44 +107,102 @@ def train_student(
     note_doubts(found, data, seen=spec.is_trained, context=context, where="student")
     measurements = {
         **describe_network(network, spec, report),
-        "how": "given" if given else "distilled" if labels is not None else "trained",
+        "how": "given" if given else "trained" if lessons is None else "distilled",
         "validation": {**found, "possibly_seen": spec.is_trained},
         "training": None if training is None else training_record(training),
+        **more,
     }
     save(network, data, context=context)
     return measurements
 
 
-def _train(
-    module: nn.Module,
+def _distil(
+    network: Network, spec: StudentSpec, lessons: Lessons, *, data: Data, context: Context
+) -> tuple[FitResult, dict[str, Any]]:
+    """Train the student by its lessons; what the report should say of them."""
+    plan = lessons.plan
+    context.events.note(f"distillation: {plan.why}")
+    teachers = [_live(path, context) for path in lessons.teachers if plan.target == "live"]
+    before = [digest(tensors_of(teacher)) for teacher in teachers]
+    joint = None
+    if lessons.joint is not None:
+        joint, _ = build(lessons.joint, data, context=context, where="teacher")
+        joint.module.to(context.device)
+    network.module.to(context.device)
+    course = _course(network.module, spec, lessons, teachers, joint, data=data, context=context)
+    identity = "/".join(network_sha256(path) for path in lessons.teachers)
+    result = fit(course.learner, course.task, lessons.spec, context=context, identity=identity)
+    assert isinstance(course.learner, Learner)
+    course.learner.close()
+    if [digest(tensors_of(teacher)) for teacher in teachers] != before:
+        raise ModelError(
+            "teacher: expected it to stay as it is while it teaches, and its weights or buffers "
+            "have changed in eval mode"
+        )
+    more: dict[str, Any] = {"distillation": {"why": plan.why, "target": plan.target}}
+    if data.unlabelled is not None:
+        there = len(data.unlabelled)
+        more["unlabelled"] = {"used": course.unlabelled, "given": there}
+        context.events.note(f"{course.unlabelled} of {there} unlabelled images were learnt from")
+    if joint is not None and context.world.leads:
+        more["teacher"] = _keep_joint(joint, lessons, data=data, context=context)
+    return result, more
+
+
+def _course(
+    student: nn.Module,
     spec: StudentSpec,
-    distill: DistillSpec | None,
+    lessons: Lessons,
+    teachers: Sequence[nn.Module],
+    joint: Network | None,
     *,
     data: Data,
-    labels: LabelStore | None,
     context: Context,
-) -> FitResult | None:
-    if distill is not None and labels is not None:
-        task = distilled(data, distill, labels, context=context)
-        return fit(module, task, distill, context=context)
-    if spec.train is not None:
-        alone = supervised(data, spec.train, context=context)
-        return fit(module, alone, spec.train, context=context)
-    return None
+) -> Course:
+    plan, distill = lessons.plan, lessons.spec
+    if plan.target == "ema":
+        return averaged(student, data, plan, distill, context=context)
+    if plan.target == "exits":
+        return with_exits(student, data, plan, distill, context=context)
+    if plan.target == "peers":
+        peers = [
+            build(spec, data, context=context, where=f"peer-{number}")[0].module.to(context.device)
+            for number in range(1, distill.peers)
+        ]
+        return among_peers(student, peers, data, plan, distill, context=context)
+    if joint is not None:
+        return beside_teacher(student, joint.module, data, plan, distill, context=context)
+    stores = _stores(lessons, data, seed=context.seed)
+    return taught(student, data, plan, distill, stores=stores, teachers=teachers, context=context)
 
 
-def _labels(
-    distill: DistillSpec,
-    data: Data,
-    folder: Path | None,
-    teacher: Path | None,
-    *,
-    seed: int,
-) -> LabelStore:
-    if folder is None:
+def _stores(lessons: Lessons, data: Data, *, seed: int) -> list[LabelStore]:
+    if lessons.plan.target != "stored":
+        return []
+    if not lessons.stores:
         raise IntegrityError(
             "student: expected the teacher's stored labels to distil from, got none; run with "
             "--fresh to label again"
         )
-    sha256 = None if teacher is None else network_sha256(teacher)
-    return open_labels(folder, expected=describe(distill, data, seed=seed, teacher=sha256))
+    return [
+        open_labels(
+            store,
+            expected=describe(lessons.spec, data, seed=seed, teacher=network_sha256(teacher)),
+        )
+        for store, teacher in zip(lessons.stores, lessons.teachers, strict=True)
+    ]
+
+
+def _live(folder: Path, context: Context) -> nn.Module:
+    """A teacher that only answers: on the device, in eval mode, without gradients."""
+    module = load_network(folder).network.module
+    return module.to(context.device).eval().requires_grad_(False)
+
+
+def _keep_joint(
+    network: Network, lessons: Lessons, *, data: Data, context: Context
+) -> Mapping[str, Any]:
+    assert lessons.joint is not None
+    found, _ = measure_validation(network, data, context=context, where="teacher")
+    save(network, data, context=context, folder=JOINT_TEACHER)
+    return {**describe_network(network, lessons.joint, None), "validation": found}

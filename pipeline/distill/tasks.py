@@ -1,97 +1,411 @@
-"""What an image classifier is trained on: true labels, or a teacher's stored logits beside them.
+"""What an image classifier is trained on: true labels, or the answers of a target beside them.
 
-Joins data (views), stored labels and objectives into the `Task` that `train/loop.py` runs.
+Joins data (views), targets and objectives into the `Task` that `train/loop.py` runs. A target is
+stored logits, live teachers, the average of the student, its deepest exit, or peers; the
+objectives are the same for all of them (`terms.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.augment import ViewBatch, Views
-from ..data.dataset import Data
+from ..data.dataset import Data, ImageSet, with_unlabelled
+from ..errors import DataError
 from ..measure.accuracy import accuracy, logits_of_module
-from ..recipe import AugmentSpec, DistillSpec, TrainSpec
 from ..stage import Context
 from ..train.loop import Task
+from ..training_spec import AugmentSpec, DistillSpec, TrainSpec
+from .balance import Balance
+from .exits import Exit
+from .joints import join
 from .label_store import LabelStore
-from .objectives import hard_label, kd
+from .learner import Learner
+from .objectives import ensemble
+from .strategy import Plan
+from .taps import Tapped, feature_shapes, stage_ends
+from .terms import Scene, factors_of, hard_term, temperature_part, terms_of
+
+Array = np.ndarray[Any, Any]
+Terms = dict[str, Tensor]
+BALANCE = "balance"
 
 
-def open_views(data: Data, augment: AugmentSpec, *, context: Context) -> Views:
-    """The training set's replayable views; the teacher's labels and the student see the same."""
-    return Views(data.train, data.preprocess, augment, context.seed, context.device)
+@dataclass(frozen=True)
+class Lesson:
+    """A batch, the view's number, and the stored logits (K, N, C) if the target has any."""
+
+    batch: ViewBatch
+    epoch: int
+    stored: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Course:
+    """A learner and its task, ready for `fit`; how many unlabelled images are in it."""
+
+    learner: nn.Module
+    task: Task[Any]
+    unlabelled: int = 0
+
+
+def open_views(images: ImageSet, data: Data, augment: AugmentSpec, *, context: Context) -> Views:
+    """Replayable views; a teacher's labels and the student see the same."""
+    return Views(images, data.preprocess, augment, context.seed, context.device)
 
 
 def supervised(data: Data, spec: TrainSpec, *, context: Context) -> Task[ViewBatch]:
     """Cross-entropy with the true labels; every epoch sees a view of its own."""
-    views = open_views(data, spec.augment, context=context)
+    views = open_views(data.train, data, spec.augment, context=context)
 
     def terms(module: nn.Module, batch: ViewBatch) -> Mapping[str, Tensor]:
-        return {"hard": _hard(module(batch.inputs), batch, spec)}
+        return {"hard": hard_term(module(batch.inputs), batch, smoothing=spec.label_smoothing)}
 
     return Task(
         samples=len(data.train.labels),
         load=lambda indices, epoch: views.batch(indices, view=epoch),
         terms=terms,
         weights={"hard": 1.0},
-        validate=lambda module: _validation(module, data, context),
+        validate=_validation(data, lambda module: module, None, context=context),
     )
 
 
-def distilled(
-    data: Data, spec: DistillSpec, labels: LabelStore, *, context: Context
-) -> Task[tuple[ViewBatch, Tensor]]:
-    """soft_weight · T²·KL(teacher ‖ student) + hard_weight · cross-entropy; views repeat after K.
+def taught(
+    student: nn.Module,
+    data: Data,
+    plan: Plan,
+    spec: DistillSpec,
+    *,
+    stores: Sequence[LabelStore] = (),
+    teachers: Sequence[nn.Module] = (),
+    context: Context,
+) -> Course:
+    """Learn from one teacher or several: from what they have stored, or with them beside.
 
-    A term of weight 0 is neither computed nor logged.
+    Args:
+        stores: of `target: stored`; views repeat after K.
+        teachers: of `target: live`: on the device, in eval mode; they run without gradient.
+    Raises:
+        RecipeError: layers that cannot be joined. DataError: nothing is left to learn from.
     """
-    views = open_views(data, spec.augment, context=context)
-    wanted = {"soft": spec.soft_weight, "hard": spec.hard_weight}
-    weights = {name: weight for name, weight in wanted.items() if weight > 0}
+    joints = join(plan.features, student, teachers, input_shape=data.input_shape)
+    parts = {**joints.parts, **temperature_part(plan.objectives)}
+    learner = Learner(student, taps=joints.student_paths, parts=parts)
+    watched = [Tapped(net, p) for net, p in zip(teachers, joints.teacher_paths, strict=False)]
+    images = with_unlabelled(data)
+    views = open_views(images, data, spec.augment, context=context)
+    rows = _rows(images, spec, stores)
+    repeat = min((store.views for store in stores), default=spec.epochs)
 
-    def load(indices: Tensor, epoch: int) -> tuple[ViewBatch, Tensor]:
-        view = epoch % labels.views
-        teacher = labels.rows(indices, view=view).to(context.device)
-        return views.batch(indices, view=view), teacher
+    def load(indices: Tensor, epoch: int) -> Lesson:
+        chosen, view = rows[indices], epoch % repeat
+        logits = [store.rows(chosen, view=view) for store in stores]
+        stored = torch.stack(logits).to(context.device) if logits else None
+        return Lesson(views.batch(chosen, view=view), epoch, stored)
 
-    def terms(module: nn.Module, loaded: tuple[ViewBatch, Tensor]) -> Mapping[str, Tensor]:
-        batch, teacher = loaded
-        logits = module(batch.inputs)
-        found = {}
-        if "soft" in weights:
-            found["soft"] = kd(logits, teacher, temperature=spec.temperature)
-        if "hard" in weights:
-            found["hard"] = _hard(logits, batch, spec)
+    def terms(module: nn.Module, lesson: Lesson) -> Terms:
+        assert isinstance(module, Learner)
+        logits, features = module.see(lesson.batch.inputs)
+        targets, shown = lesson.stored, []
+        if targets is None:
+            with torch.no_grad():
+                answers = [net(lesson.batch.inputs) for net in watched]
+            targets = torch.stack([answer.float() for answer, _ in answers])
+            shown = [maps for _, maps in answers]
+        picked = joints.pick(features, shown)
+        scene = Scene(spec, lesson.batch, lesson.epoch, logits, targets, picked, _parts(module))
+        return terms_of(plan.objectives, scene)
+
+    task = _task(
+        learner,
+        data,
+        plan,
+        spec,
+        samples=len(rows),
+        load=load,
+        terms=terms,
+        reference=_reference(data, stores, teachers, context=context),
+        context=context,
+    )
+    used = int((images.labels[rows.numpy()] < 0).sum())
+    return Course(learner, task, unlabelled=used)
+
+
+def averaged(
+    student: nn.Module, data: Data, plan: Plan, spec: DistillSpec, *, context: Context
+) -> Course:
+    """Learn from the exponential moving average of oneself (Tarvainen & Valpola 2017)."""
+    parts = temperature_part(plan.objectives)
+    learner = Learner(student, parts=parts, frozen=copy.deepcopy(student))
+
+    def terms(module: nn.Module, lesson: Lesson) -> Terms:
+        assert isinstance(module, Learner)
+        assert module.frozen is not None
+        logits, _ = module.see(lesson.batch.inputs)
+        with torch.no_grad():
+            target = module.frozen(lesson.batch.inputs).float()
+        scene = Scene(spec, lesson.batch, lesson.epoch, logits, target[None], {}, _parts(module))
+        return terms_of(plan.objectives, scene)
+
+    @torch.no_grad()
+    def follow(module: nn.Module, step: int) -> None:
+        assert isinstance(module, Learner)
+        assert module.frozen is not None
+        weight = 1 - min(spec.target_decay, (1 + step) / (10 + step))
+        live = module.network.state_dict()
+        for name, shadow in module.frozen.state_dict().items():
+            if shadow.is_floating_point():
+                shadow.lerp_(live[name], weight)
+            else:
+                shadow.copy_(live[name])
+
+    task = _task(learner, data, plan, spec, terms=terms, after_step=follow, context=context)
+    return Course(learner, task)
+
+
+def with_exits(
+    student: nn.Module, data: Data, plan: Plan, spec: DistillSpec, *, context: Context
+) -> Course:
+    """The deepest exit teaches exits at the shallower stages (BYOT); they are dropped at the end.
+
+    Terms: `hard` of the network itself; `exit1.hard`, `exit1.kd`, … of its exits, shallow → deep.
+    """
+    *shallow, deepest = stage_ends(student, data.input_shape)
+    if not shallow:
+        raise DataError(
+            f"distill.target: exits needs a network of several resolution stages; "
+            f"{type(student).__name__} has only {deepest}"
+        )
+    tapped = Tapped(student, (*shallow, deepest))
+    shapes = feature_shapes(tapped, data.input_shape)
+    tapped.close()
+    exits = [Exit(shape, shapes[-1], len(data.class_names)) for shape in shapes[:-1]]
+    parts = {"exits": nn.ModuleList(exits), **temperature_part(plan.objectives)}
+    learner = Learner(student, taps=shallow, parts=parts)
+    names = [f"exit{number + 1}." for number in range(len(exits))]
+
+    def terms(module: nn.Module, lesson: Lesson) -> Terms:
+        assert isinstance(module, Learner)
+        logits, features = module.see(lesson.batch.inputs)
+        found = {"hard": hard_term(logits, lesson.batch, smoothing=spec.label_smoothing)}
+        heads: Any = module.parts["exits"]
+        target = logits.detach().float()[None]
+        for name, head, feature in zip(names, heads, features, strict=True):
+            own = Scene(spec, lesson.batch, lesson.epoch, head(feature), target, {}, _parts(module))
+            found |= _prefixed(name, terms_of(plan.objectives, own))
         return found
 
+    task = _task(learner, data, plan, spec, terms=terms, groups=names, alone=("",), context=context)
+    return Course(learner, task)
+
+
+def among_peers(
+    student: nn.Module,
+    peers: Sequence[nn.Module],
+    data: Data,
+    plan: Plan,
+    spec: DistillSpec,
+    *,
+    context: Context,
+) -> Course:
+    """Students that learn together, each from the labels and all others (DML, Zhang et al. 2018).
+
+    Each peer's target is the mixture of the others. Terms: `hard`, `kd` of the student that ships,
+    `peer1.hard`, … of the others.
+    """
+    learner = Learner(student, parts=temperature_part(plan.objectives), peers=peers)
+    names = ["", *(f"peer{number + 1}." for number in range(len(peers)))]
+
+    def terms(module: nn.Module, lesson: Lesson) -> Terms:
+        assert isinstance(module, Learner)
+        nets = [module.student, *module.peers]
+        answers = [net(lesson.batch.inputs) for net in nets]
+        detached = torch.stack([answer.detach().float() for answer in answers])
+        found: Terms = {}
+        for index, (name, logits) in enumerate(zip(names, answers, strict=True)):
+            others = torch.cat([detached[:index], detached[index + 1 :]])
+            scene = Scene(spec, lesson.batch, lesson.epoch, logits, others, {}, _parts(module))
+            found |= _prefixed(name, terms_of(plan.objectives, scene))
+        return found
+
+    task = _task(learner, data, plan, spec, terms=terms, groups=names, context=context)
+    return Course(learner, task)
+
+
+def beside_teacher(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: Data,
+    plan: Plan,
+    spec: DistillSpec,
+    *,
+    context: Context,
+) -> Course:
+    """Teacher and student trained together, end to end: the teacher learns from the labels, the
+    student from them and from what the teacher answers at that moment. Term `teacher.hard` is the
+    teacher's.
+    """
+    learner = Learner(student, parts=temperature_part(plan.objectives), peers=[teacher])
+
+    def terms(module: nn.Module, lesson: Lesson) -> Terms:
+        assert isinstance(module, Learner)
+        logits, _ = module.see(lesson.batch.inputs)
+        answer = module.peers[0](lesson.batch.inputs)
+        target = answer.detach().float()[None]
+        scene = Scene(spec, lesson.batch, lesson.epoch, logits, target, {}, _parts(module))
+        hard = hard_term(answer, lesson.batch, smoothing=spec.label_smoothing)
+        return {**terms_of(plan.objectives, scene), "teacher.hard": hard}
+
+    task = _task(
+        learner, data, plan, spec, terms=terms, groups=[""], alone=("teacher.",), context=context
+    )
+    return Course(learner, task)
+
+
+def _task(
+    learner: Learner,
+    data: Data,
+    plan: Plan,
+    spec: DistillSpec,
+    *,
+    terms: Callable[[nn.Module, Lesson], Terms],
+    context: Context,
+    samples: int | None = None,
+    load: Callable[[Tensor, int], Lesson] | None = None,
+    groups: Sequence[str] = ("",),
+    alone: Sequence[str] = (),
+    reference: Array | None = None,
+    after_step: Callable[[nn.Module, int], None] | None = None,
+) -> Task[Lesson]:
+    """The task of a learner.
+
+    Args:
+        groups: prefixes of the networks that follow every objective.
+        alone: prefixes of those that learn from the labels alone, with weight of `hard`.
+        reference: the target's logits on validation, if it has any before training.
+    """
+    by_name = {term.name: term.weight for term in plan.objectives}
+    weights = {f"{group}{name}": weight for group in groups for name, weight in by_name.items()}
+    weights |= {f"{group}hard": by_name.get("hard", 1.0) for group in alone}
+    single = factors_of(plan.objectives, epochs=spec.epochs)
+
+    def factors(time_epochs: float) -> dict[str, float]:
+        at = single(time_epochs)
+        return {name: at.get(name.rpartition(".")[2], 1.0) for name in weights}
+
+    if load is None:
+        views = open_views(data.train, data, spec.augment, context=context)
+
+        def load(indices: Tensor, epoch: int) -> Lesson:
+            return Lesson(views.batch(indices, view=epoch), epoch)
+
+    if spec.balance:
+        learner.parts[BALANCE] = Balance(list(weights))
     return Task(
-        samples=len(data.train.labels),
+        samples=len(data.train.labels) if samples is None else samples,
         load=load,
         terms=terms,
         weights=weights,
-        validate=lambda module: _validation(module, data, context),
+        validate=_validation(data, _network_of, reference, context=context),
+        factors=factors,
+        balance=_balance if spec.balance else None,
+        after_step=after_step,
+        networks=_networks_of,
     )
 
 
-def _hard(logits: Tensor, batch: ViewBatch, spec: TrainSpec) -> Tensor:
-    return hard_label(
-        logits,
-        batch.labels,
-        smoothing=spec.label_smoothing,
-        partner_labels=batch.partner_labels,
-        lam=batch.lam,
-    )
+def _balance(module: nn.Module, terms: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    assert isinstance(module, Learner)
+    scales: Mapping[str, Tensor] = module.parts[BALANCE](terms)
+    return scales
 
 
-def _validation(module: nn.Module, data: Data, context: Context) -> float:
-    logits: Any = logits_of_module(
-        module,
-        data.validation,
-        data.preprocess,
-        device=context.device,
-        name="the network in training",
-    )
-    return accuracy(logits, data.validation.labels)
+def _networks_of(module: nn.Module) -> list[nn.Module]:
+    assert isinstance(module, Learner)
+    return [module.student, *module.peers]
+
+
+def _network_of(module: nn.Module) -> nn.Module:
+    assert isinstance(module, Learner)
+    return module.network
+
+
+def _parts(module: Learner) -> Mapping[str, nn.Module]:
+    return module.parts  # type: ignore[return-value]  # a ModuleDict is read as a mapping
+
+
+def _prefixed(prefix: str, terms: Terms) -> Terms:
+    return {f"{prefix}{name}": value for name, value in terms.items()}
+
+
+def _rows(images: ImageSet, spec: DistillSpec, stores: Sequence[LabelStore]) -> Tensor:
+    """Positions to learn from: all labelled images, and the unlabelled ones worth it.
+
+    Worth it: the teachers' mean top-1 probability, over their views, reaches the floor.
+    """
+    everything = torch.arange(len(images.labels))
+    if spec.confidence_floor is None or not stores:
+        return everything
+    confidence = np.zeros(len(images.labels))
+    for store in stores:
+        for array in store.arrays:
+            logits = torch.from_numpy(np.array(array)).float()
+            confidence += logits.softmax(1).amax(1).double().numpy()
+    confidence /= sum(store.views for store in stores)
+    return everything[
+        torch.from_numpy((images.labels >= 0) | (confidence >= spec.confidence_floor))
+    ]
+
+
+def _reference(
+    data: Data, stores: Sequence[LabelStore], teachers: Sequence[nn.Module], *, context: Context
+) -> Array:
+    """The teachers' mixed logits on validation, (N, C), to tell how far the student agrees."""
+    each = [torch.from_numpy(np.array(store.validation)).float() for store in stores] or [
+        torch.from_numpy(
+            logits_of_module(
+                net, data.validation, data.preprocess, device=context.device, name="the teacher"
+            )
+        )
+        for net in teachers
+    ]
+    weights = torch.full((len(each),), 1.0 / len(each))
+    return ensemble(torch.stack(each), weights, temperature=1.0).numpy()
+
+
+def _validation(
+    data: Data,
+    network_of: Callable[[nn.Module], nn.Module],
+    reference: Array | None,
+    *,
+    context: Context,
+) -> Callable[[nn.Module], dict[str, float]]:
+    """Accuracy on validation; beside it, how often and how closely the student agrees with its
+    teachers there: top-1, and KL(teacher ‖ student) at temperature 1."""
+
+    def validate(module: nn.Module) -> dict[str, float]:
+        logits = logits_of_module(
+            network_of(module),
+            data.validation,
+            data.preprocess,
+            device=context.device,
+            name="the network in training",
+        )
+        found = {"accuracy": accuracy(logits, data.validation.labels)}
+        if reference is not None:
+            found["agreement"] = float((logits.argmax(1) == reference.argmax(1)).mean())
+            log_p, log_q = (
+                F.log_softmax(torch.from_numpy(array), dim=1) for array in (reference, logits)
+            )
+            found["kl"] = float((log_p.exp() * (log_p - log_q)).sum(1).mean())
+        return found
+
+    return validate

@@ -58,6 +58,8 @@ def prepare_teacher(
         if spec.train is not None:
             task = supervised(data, spec.train, context=context)
             training = fit(network.module, task, spec.train, context=context)
+        if not context.world.leads:
+            return {}
         found, counts = measure_validation(network, data, context=context, where="teacher")
     if training is None:
         check_class_order(counts, data.class_names)

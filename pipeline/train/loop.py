@@ -2,7 +2,8 @@
 
 What is learnt is a `Task`: where batches come from, which named loss terms a step computes, how
 they are weighed, and how accuracy on validation is measured. The loop owns the rest: precision,
-schedule, averaging, clipping, selection, checkpoints, resuming. It knows no images and no teacher.
+schedule, averaging, clipping, selection, checkpoints, resuming, several processes. It knows no
+images and no teacher.
 
 A run is a function of (initial weights, task, spec, seed, threads, device). Order, dropout and
 views are derived from the epoch number, so a run that was killed and resumed gives the same bytes
@@ -25,11 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError, RecipeError
-from ..recipe import TrainSpec
 from ..stage import Context
+from ..training_spec import TrainSpec
 from .average import Average, assign, copy_of, tensors_of
 from .checkpoint import digest, load_checkpoint, save_checkpoint
-from .meter import Meter
+from .compiler import Compiler, choose_compiler
+from .distributed import peers_alive, piece, replicated, shared
+from .meter import LOSS, Meter
 from .optimizer import build_optimizer, set_lr
 from .precision import Precision, measured_precision
 from .reproducible import derive_seed, reproducible
@@ -38,6 +41,7 @@ from .schedule import lr_factor, peak_lr
 CHECKPOINT = "training.pt"
 CHECK_STEPS = 50  # steps between two looks at the loss, each of which waits for the device
 PROGRESS_SECONDS = 0.2
+BATCH_NORM = (nn.modules.batchnorm._BatchNorm,)
 
 Batch = TypeVar("Batch")
 
@@ -48,15 +52,21 @@ class Task(Generic[Batch]):
 
     `load` gives the batch of sample positions (B,) for an epoch, on the device. `terms` computes
     each loss term as a mean over the batch; its names are exactly those of `weights`, and the loss
-    is Σ weights[name] · terms[name]. `validate` gives accuracy in [0, 1] of the network in eval
-    mode and float32, which is what ships, whatever precision training runs in.
+    is Σ weights[name] · factor[name] · terms[name], the factor being 1 unless `factors` gives
+    another one at that time (in epochs), times what `balance` makes of the terms. `validate` gives
+    "accuracy" in [0, 1], and what else is to be logged, of the network in eval mode and float32,
+    which is what ships, whatever precision training runs in.
     """
 
     samples: int
     load: Callable[[Tensor, int], Batch]
     terms: Callable[[nn.Module, Batch], Mapping[str, Tensor]]
     weights: Mapping[str, float]
-    validate: Callable[[nn.Module], float]
+    validate: Callable[[nn.Module], Mapping[str, float]]
+    factors: Callable[[float], Mapping[str, float]] | None = None
+    balance: Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]] | None = None
+    after_step: Callable[[nn.Module, int], None] | None = None
+    networks: Callable[[nn.Module], list[nn.Module]] = lambda module: [module]  # may be compiled
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,7 @@ class FitResult:
     steps: int
     images_per_second: float  # median over the epochs, data included, validation not
     precision: Precision
+    compiled: bool
     resumed_epoch: int  # epochs taken over from a checkpoint; 0: none
     stopped_early: bool
 
@@ -85,6 +96,8 @@ class _Run:
     average: Average | None
     batches: list[int]  # sizes
     live: dict[str, Tensor]
+    step: nn.Module  # the loss terms as a module, over all processes
+    compiler: Compiler
     best: dict[str, Tensor] | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -118,8 +131,12 @@ def fit(
     module.to(context.device)
     key = _key(module, task, spec, context=context, identity=identity)
     batches = batch_sizes(task.samples, spec.batch_size)
-    _check_normalisation(module, batches)
-    with reproducible(threads=context.threads, device=context.device), _channels_last(module):
+    _check_batches(module, batches, processes=context.world.size)
+    with (
+        reproducible(threads=context.threads, device=context.device),
+        _channels_last(module),
+        peers_alive(context.world),
+    ):
         run = _start(module, task, spec, context=context, batches=batches)
         resumed = _resume(run, context=context, key=key)
         saved = time.monotonic()
@@ -127,7 +144,8 @@ def fit(
             if _out_of_patience(run, spec):
                 break
             _epoch(run, task, spec, context=context, epoch=epoch)
-            if time.monotonic() - saved >= 60 * spec.checkpoint_minutes:
+            due = time.monotonic() - saved >= 60 * spec.checkpoint_minutes
+            if due and context.world.leads:
                 _save(run, context=context, key=key)
                 saved = time.monotonic()
         stopped = len(run.history) < spec.epochs
@@ -157,10 +175,13 @@ def epoch_order(samples: int, *, seed: int, epoch: int) -> Tensor:
     return torch.randperm(samples, generator=generator)
 
 
-def _check_normalisation(module: nn.Module, batches: list[int]) -> None:
-    norm = next(
-        (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)), None
-    )
+def _check_batches(module: nn.Module, batches: list[int], *, processes: int) -> None:
+    if batches[0] < processes:
+        raise RecipeError(
+            f"batch_size: expected at least a sample for each of {processes} processes, got "
+            f"batches of {batches[0]}; raise batch_size or start fewer processes"
+        )
+    norm = next((m for m in module.modules() if isinstance(m, BATCH_NORM)), None)
     if norm is not None and min(batches) == 1:
         raise RecipeError(
             f"batch_size: the network has {type(norm).__name__}, which needs at least 2 samples a "
@@ -190,29 +211,56 @@ def _start(
     context: Context,
     batches: list[int],
 ) -> _Run:
-    def step(precision: Precision) -> None:
-        _rehearse(module, task, precision, batch_size=batches[0], context=context)
+    optimizer = build_optimizer(module, spec)
+    rehearsing = copy.deepcopy(module)
+    calls = spec.epochs * len(batches)
 
+    def step(precision: Precision) -> None:
+        _rehearse(rehearsing, task, precision, batch_size=batches[0], context=context)
+
+    precision = measured_precision(spec.precision, step, name="step", calls=calls, context=context)
+    compiler = choose_compiler(
+        spec.compile,
+        task.networks(module),
+        task.networks(rehearsing),
+        lambda: step(precision),
+        calls=calls,
+        context=context,
+    )
     return _Run(
         module=module,
-        optimizer=build_optimizer(module, spec),
-        precision=measured_precision(
-            spec.precision, step, name="step", calls=spec.epochs * len(batches), context=context
-        ),
+        optimizer=optimizer,
+        precision=precision,
         average=None if spec.ema is None else Average(module, decay=spec.ema),
         batches=batches,
         live=tensors_of(module),
+        step=replicated(_Terms(module, task), context=context),
+        compiler=compiler,
     )
 
 
+class _Terms(nn.Module):
+    """The loss terms as a module of their own, so that DistributedDataParallel can wrap them."""
+
+    def __init__(self, module: nn.Module, task: Task[Any]) -> None:
+        super().__init__()
+        self.module = module
+        self._task = task
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        return dict(self._task.terms(self.module, batch))
+
+
 def _rehearse(
-    module: nn.Module, task: Task[Batch], precision: Precision, *, batch_size: int, context: Context
+    copied: nn.Module, task: Task[Batch], precision: Precision, *, batch_size: int, context: Context
 ) -> None:
     """A step's forward and backward pass on a copy of the network, which is thrown away."""
-    rehearsing = copy.deepcopy(module).train()
-    batch = task.load(torch.arange(batch_size), 0)
+    copied.train()
+    copied.zero_grad(set_to_none=True)
+    indices, _ = piece(torch.arange(batch_size), world=context.world)
+    batch = task.load(indices, 0)
     with precision.autocast(context.device):
-        terms = task.terms(rehearsing, batch)
+        terms = task.terms(copied, batch)
     torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
 
 
@@ -220,18 +268,16 @@ def _epoch(run: _Run, task: Task[Batch], spec: TrainSpec, *, context: Context, e
     """Train one epoch, validate, and append to the history."""
     started = time.perf_counter()
     torch.manual_seed(derive_seed(context.seed, "layers", epoch))  # dropout and the like
-    run.module.train()
+    _train_mode(run.module, freeze_norm=spec.freeze_norm)
     order = epoch_order(task.samples, seed=context.seed, epoch=epoch)
-    meter = Meter(tuple(task.weights), device=context.device)
+    meter = Meter((*task.weights, LOSS), device=context.device, world=context.world)
     done, total = epoch * len(run.batches), spec.epochs * len(run.batches)
     told = time.monotonic()
     for step, indices in enumerate(torch.split(order, run.batches), start=done):
         factor = lr_factor(spec, step=step, steps_per_epoch=len(run.batches))
         set_lr(run.optimizer, peak_lr(spec) * factor)
-        terms = _step(run, task, spec, batch=task.load(indices, epoch), context=context)
-        meter.add(terms, samples=len(indices), step=step)
-        if run.average is not None:
-            run.average.update(step=step)
+        with run.compiler.used(len(indices) == run.batches[0]):
+            _step(run, task, spec, indices=indices, meter=meter, context=context, step=step)
         if (step + 1 - done) % CHECK_STEPS == 0:
             meter.check(epoch=epoch, advice=_advice(spec))
         if time.monotonic() - told >= PROGRESS_SECONDS:
@@ -240,14 +286,16 @@ def _epoch(run: _Run, task: Task[Batch], spec: TrainSpec, *, context: Context, e
     meter.check(epoch=epoch, advice=_advice(spec))
     means = meter.means()
     seconds = time.perf_counter() - started
-    with nullcontext() if run.average is None else run.average.in_place():
-        run.module.eval()
-        accuracy = task.validate(run.module)
+    found: Mapping[str, float] = {}
+    if context.world.leads:
+        with nullcontext() if run.average is None else run.average.in_place():
+            run.module.eval()
+            found = task.validate(run.module)
     entry = {
         "epoch": epoch + 1,
-        "loss": sum(task.weights[name] * mean for name, mean in means.items()),
+        "loss": means.pop(LOSS),
         "terms": means,
-        "accuracy": accuracy,
+        **shared(dict(found), world=context.world),
         "lr": run.optimizer.param_groups[0]["lr"],
         "images_per_second": task.samples / seconds,
     }
@@ -258,20 +306,53 @@ def _epoch(run: _Run, task: Task[Batch], spec: TrainSpec, *, context: Context, e
     context.events.progress(done + len(run.batches), total, _note(run, spec))
 
 
+def _train_mode(module: nn.Module, *, freeze_norm: bool) -> None:
+    module.train()
+    if freeze_norm:
+        for part in module.modules():
+            if isinstance(part, BATCH_NORM):
+                part.eval()
+
+
 def _step(
-    run: _Run, task: Task[Batch], spec: TrainSpec, *, batch: Batch, context: Context
-) -> Mapping[str, Tensor]:
-    """One optimiser step. Returns its loss terms."""
+    run: _Run,
+    task: Task[Batch],
+    spec: TrainSpec,
+    *,
+    indices: Tensor,
+    meter: Meter,
+    context: Context,
+    step: int,
+) -> None:
+    """One optimiser step, on this process's part of the batch."""
+    own, share = piece(indices, world=context.world)
+    batch = task.load(own, step // len(run.batches))
     with run.precision.autocast(context.device):
-        terms = task.terms(run.module, batch)
+        terms = run.step(batch)
     assert terms.keys() == task.weights.keys(), f"{set(terms)} are not {set(task.weights)}"
-    loss = torch.stack([weight * terms[name] for name, weight in task.weights.items()]).sum()
+    loss = _weighed(run, task, terms, time_epochs=step / len(run.batches))
     run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    (loss if share == 1.0 else loss * share).backward()  # type: ignore[no-untyped-call]
     if spec.clip_norm is not None:
         nn.utils.clip_grad_norm_(run.module.parameters(), spec.clip_norm)
     run.optimizer.step()
-    return terms
+    meter.add({**terms, LOSS: loss}, samples=len(own) if share else 0, step=step)
+    if task.after_step is not None:
+        task.after_step(run.module, step)
+    if run.average is not None:
+        run.average.update(step=step)
+
+
+def _weighed(
+    run: _Run, task: Task[Batch], terms: Mapping[str, Tensor], *, time_epochs: float
+) -> Tensor:
+    """Σ weight · factor · balance · term."""
+    factors = {} if task.factors is None else task.factors(time_epochs)
+    parts = {n: weight * factors.get(n, 1.0) * terms[n] for n, weight in task.weights.items()}
+    if task.balance is not None:
+        scales = task.balance(run.module, terms)
+        parts = {name: scales[name] * part for name, part in parts.items()}
+    return torch.stack(list(parts.values())).sum()
 
 
 def _advice(spec: TrainSpec) -> str:
@@ -318,6 +399,7 @@ def _finish(run: _Run, spec: TrainSpec, *, resumed: int, stopped_early: bool) ->
         steps=len(run.history) * len(run.batches),
         images_per_second=statistics.median(e["images_per_second"] for e in run.history),
         precision=run.precision,
+        compiled=run.compiler.is_on,
         resumed_epoch=resumed,
         stopped_early=stopped_early,
     )
@@ -332,6 +414,7 @@ def _key(
         "seed": context.seed,
         "threads": context.threads,
         "device": context.device,
+        "processes": context.world.size,
         "torch": torch.__version__,
         "samples": task.samples,
         "weights": dict(task.weights),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from ..recipe import TrainSpec
+from ..training_spec import TrainSpec
 from .schedule import peak_lr
 
 

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 from ..stage import Context
+from .distributed import shared
 from .trial import fastest
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -72,9 +73,13 @@ def measured_precision(
     if wish != "auto" or context.device != "cpu" or guess.name == "fp32":
         return guess
     other = Precision("fp32", "")
-    chosen, seconds = fastest(
-        name, {p.name: lambda p=p: work(p) for p in (guess, other)}, calls=calls, context=context
+    measured = fastest(
+        name,
+        {"bf16": lambda: work(guess), "fp32": lambda: work(other)},
+        calls=calls,
+        context=context,
     )
+    chosen, seconds = shared(measured, world=context.world)
     if seconds is None:
         return guess
     ratio = seconds["fp32"] / seconds["bf16"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from ..recipe import TrainSpec
+from ..training_spec import TrainSpec
 
 SGD_LR_PER_256 = 0.1  # the linear scaling rule's anchor, Goyal et al. 2017
 ADAMW_LR = 1e-3  # the optimiser's own default

@@ -22,7 +22,12 @@ CLEARLY_FASTER = 1.1  # within this factor it is noise, and the first in table o
 
 
 def fastest(
-    name: str, candidates: Mapping[str, Callable[[], object]], *, calls: int, context: Context
+    name: str,
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    calls: int,
+    context: Context,
+    pays_from: float = PAYS_FROM_SECONDS,
 ) -> tuple[str, dict[str, float] | None]:
     """Name of the candidate to use for `calls` calls, and the seconds a call took, if measured.
 
@@ -30,6 +35,7 @@ def fastest(
         name: of the choice; a resumed stage recalls it by this name.
         candidates: in table order; each does one unit of the work, without lasting effects.
         calls: how often the chosen one will be called.
+        pays_from: seconds of work by the first candidate from which a trial is worth its time.
     """
     path = context.resume / f"choice-{name}.json"
     if path.is_file():
@@ -39,12 +45,13 @@ def fastest(
     chosen, seconds = first, None
     if len(candidates) > 1:
         candidates[first]()  # warm-up
-        if _timed(candidates[first]) * calls >= PAYS_FROM_SECONDS:
+        if _timed(candidates[first]) * calls >= pays_from:
             seconds = _in_turns(candidates)
             best = min(seconds, key=seconds.__getitem__)
             chosen = best if seconds[first] > CLEARLY_FASTER * seconds[best] else first
     content = json.dumps({"chosen": chosen, "seconds": seconds})
-    write_atomically(path, content.encode())
+    if context.world.leads:
+        write_atomically(path, content.encode())
     return chosen, seconds
 
 

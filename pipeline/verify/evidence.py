@@ -37,6 +37,7 @@ def gather(
     floating: Path,
     teacher: Path | None,
     int8: Path | None,
+    baseline: Path | None,
     reference: str,
     context: Context,
     memory_budget_bytes: int,
@@ -44,7 +45,7 @@ def gather(
     """The verify stage. Writes `samples.parquet` into `context.scratch`.
 
     Args:
-        data_folder, student, floating, teacher, int8: folders of committed stages.
+        data_folder, student, floating, teacher, int8, baseline: folders of committed stages.
         reference: role that the deployed model is compared with.
 
     Returns:
@@ -66,6 +67,7 @@ def gather(
     )
     onnx = {"float": floating} | ({} if int8 is None else {"int8": int8})
     torch_nets = ({} if teacher is None else {"teacher": teacher}) | {"student": student}
+    torch_nets |= {} if baseline is None else {"baseline": baseline}
     scores: dict[str, Scores] = {}
     for done, (role, folder) in enumerate([*torch_nets.items(), *onnx.items()]):
         context.events.progress(done, len(torch_nets) + len(onnx), role)
@@ -93,6 +95,7 @@ def gather(
     deployed = "float" if int8 is None else "int8"
     compared = {(reference, role) for role in scores if role != reference}
     compared |= {("student", deployed)}
+    compared |= set() if baseline is None else {("baseline", "student")}
     return {
         "models": [
             _model(role, s, data, in_torch=role in torch_nets) for role, s in scores.items()

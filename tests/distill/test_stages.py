@@ -15,14 +15,17 @@ from edgestill.pipeline.data.dataset import open_data
 from edgestill.pipeline.distill import labels as labels_module
 from edgestill.pipeline.distill.label_store import HEADER, describe, network_sha256, open_labels
 from edgestill.pipeline.distill.labels import store_labels
-from edgestill.pipeline.distill.student import train_student
+from edgestill.pipeline.distill.strategy import choose
+from edgestill.pipeline.distill.student import Lessons, train_student
 from edgestill.pipeline.distill.tasks import open_views
 from edgestill.pipeline.distill.teacher import best_class_order, check_class_order, prepare_teacher
 from edgestill.pipeline.errors import IntegrityError, MeasurementError, WeightsError
-from edgestill.pipeline.recipe import DistillSpec, StudentSpec, TeacherSpec
+from edgestill.pipeline.recipe import StudentSpec, TeacherSpec
 from edgestill.pipeline.stage import Context, Silent
+from edgestill.pipeline.train import precision as precision_module
 from edgestill.pipeline.train.checkpoint import digest
 from edgestill.pipeline.train.precision import Precision
+from edgestill.pipeline.training_spec import DistillSpec
 from safetensors.torch import save_file
 
 BUDGET = 2**30
@@ -61,17 +64,26 @@ def study(
     prepared: SimpleNamespace,
     folder: Path,
     *,
-    labels: Path | None = None,
+    taught: SimpleNamespace | None = None,
     distill: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
+    """The student stage; `taught` has `.teacher`, and `.labels` if any are stored."""
     events = options.pop("events", None)
     spec = StudentSpec.model_validate({"model": prepared.factory, "args": {"width": 2}} | options)
+    lessons = None
+    if distill is not None:
+        wish = DistillSpec.model_validate(distill)
+        lessons = Lessons(
+            wish,
+            choose(wish),
+            stores=(taught.labels,) if taught else (),
+            teachers=(taught.teacher,) if taught else (),
+        )
     return train_student(
         spec,
-        None if distill is None else DistillSpec.model_validate(distill),
+        lessons,
         prepared.data,
-        labels,
         context=context_in(folder, events),
         memory_budget_bytes=BUDGET,
     )
@@ -208,7 +220,7 @@ def test_stored_labels_are_the_live_teachers_logits_of_the_same_views(
     spec = DistillSpec.model_validate(DISTILL | {"precision": "fp32"})
     label(prepared, taught.teacher, tmp_path / "l", precision="fp32")
     store = open_labels(tmp_path / "l", expected=describe(spec, data, seed=0))
-    views = open_views(data, spec.augment, context=context_in(tmp_path))
+    views = open_views(data.train, data, spec.augment, context=context_in(tmp_path))
     module = load_network(taught.teacher).network.module.eval()
     indices = torch.tensor([5, 0, 17])
     for view in range(3):
@@ -308,7 +320,7 @@ def test_labelling_leaves_the_teachers_buffers_bit_unchanged(
     state = digest(dict(module.state_dict()))
 
     label(prepared, taught.teacher, tmp_path / "l")
-    study(prepared, tmp_path / "s", labels=taught.labels, distill=DISTILL)
+    study(prepared, tmp_path / "s", taught=taught, distill=DISTILL)
 
     assert network_sha256(taught.teacher) == before
     again = load_network(taught.teacher).network.module
@@ -330,7 +342,7 @@ def test_stale_labels_are_refused_and_the_field_is_named(
     named: str,
 ) -> None:
     with pytest.raises(IntegrityError, match=rf"stale: {named}: expected"):
-        study(prepared, tmp_path / "s", labels=taught.labels, distill=DISTILL | changed)
+        study(prepared, tmp_path / "s", taught=taught, distill=DISTILL | changed)
 
 
 @pytest.mark.parametrize(
@@ -353,22 +365,23 @@ def test_every_field_of_the_header_is_held(
 def test_distilled_student_learns_from_the_stored_labels(
     prepared: SimpleNamespace, taught: SimpleNamespace, tmp_path: Path
 ) -> None:
-    found = study(prepared, tmp_path / "s", labels=taught.labels, distill=DISTILL | {"epochs": 12})
+    found = study(prepared, tmp_path / "s", taught=taught, distill=DISTILL | {"epochs": 12})
 
     assert found["how"] == "distilled"
     assert found["validation"]["accuracy"] > 0.8
-    assert set(found["training"]["history"][0]["terms"]) == {"soft", "hard"}
+    assert set(found["training"]["history"][0]["terms"]) == {"kd", "hard"}
     assert json.loads(json.dumps(found, allow_nan=False)) is not None
 
 
 def test_a_term_without_weight_is_not_computed(
     prepared: SimpleNamespace, taught: SimpleNamespace, tmp_path: Path
 ) -> None:
-    distill = DISTILL | {"epochs": 1, "hard_weight": 0}
+    terms = [{"name": "kd"}, {"name": "hard", "weight": 0}]
+    distill = DISTILL | {"epochs": 1, "objectives": terms}
 
-    found = study(prepared, tmp_path / "s", labels=taught.labels, distill=distill)
+    found = study(prepared, tmp_path / "s", taught=taught, distill=distill)
 
-    assert set(found["training"]["history"][0]["terms"]) == {"soft"}
+    assert set(found["training"]["history"][0]["terms"]) == {"kd"}
 
 
 def test_student_is_trained_alone_from_labels(prepared: SimpleNamespace, tmp_path: Path) -> None:
@@ -419,7 +432,8 @@ def test_labels_are_made_in_bf16_only_where_it_is_as_good(
         noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
         return logits + (off * noise if precision.name == "bf16" else 0)
 
-    monkeypatch.setattr(labels_module, "choose_precision", lambda wish, device: bf16)
+    for module in (labels_module, precision_module):
+        monkeypatch.setattr(module, "choose_precision", lambda wish, device: bf16)
     monkeypatch.setattr(labels_module, "forward", worse_in_bf16)
 
     found = label(prepared, taught.teacher, tmp_path / "l")

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from edgestill.pipeline.errors import OutputError
-from edgestill.pipeline.recipe import TrainSpec
 from edgestill.pipeline.train.checkpoint import digest, load_checkpoint, save_checkpoint
 from edgestill.pipeline.train.optimizer import build_optimizer
 from edgestill.pipeline.train.precision import bf16_unit, choose_precision
 from edgestill.pipeline.train.reproducible import derive_seed
 from edgestill.pipeline.train.schedule import lr_factor, peak_lr
+from edgestill.pipeline.training_spec import TrainSpec
 from torch import nn
 
 

@@ -1,0 +1,171 @@
+"""The record of a run, put together from what its stages found, and its publication."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .. import __version__
+from . import release
+from .measure.machine import describe_machine
+from .recipe import Recipe
+from .report import LatencyRecord, Report, Role, SpeedupRecord, StageRecord, to_markdown
+from .stage import Artifact
+from .workspace import file_sha256
+
+
+@dataclass(frozen=True)
+class Models:
+    """The artifacts that are compared: `deployed` is `floating` where nothing is quantized.
+
+    `baseline` is the same student trained without a teacher, where the recipe asks for it.
+    """
+
+    teacher: Artifact | None
+    student: Artifact
+    floating: Artifact
+    deployed: Artifact
+    teacher_onnx: Artifact | None
+    baseline: Artifact | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.deployed is not self.floating
+
+    @property
+    def reference(self) -> Role:
+        return "student" if self.teacher is None else "teacher"
+
+    @property
+    def deployed_role(self) -> Role:
+        return "int8" if self.is_quantized else "float"
+
+
+@dataclass(frozen=True)
+class Latency:
+    rows: tuple[LatencyRecord, ...]
+    speedup: SpeedupRecord
+
+
+def write_report(
+    recipe: Recipe,
+    data: Artifact,
+    models: Models,
+    evidence: Artifact,
+    latency: Latency | None,
+    *,
+    done: Sequence[Artifact],
+    notes: Sequence[str],
+) -> Report:
+    """The record of a run.
+
+    Args:
+        done: the committed stages, in order.
+        notes: what the flow itself noted; each stage keeps its own.
+    """
+    found = evidence.measurements
+    return Report(
+        tool_version=__version__,
+        created_utc=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        recipe=recipe.model_dump(mode="json"),
+        reference=models.reference,
+        deployed=models.deployed_role,
+        model_sha256=file_sha256(models.deployed.path / "model.onnx"),
+        data_sha256=data.sha256,
+        environment=describe_machine(),
+        stages=tuple(_stage_record(artifact) for artifact in done),
+        notes=tuple(dict.fromkeys([*notes, *(note for one in done for note in one.notes)])),
+        models=[_with_sizes(row, models) for row in found["models"]],
+        pairs=found["pairs"],
+        parity=found["parity"],
+        latency=() if latency is None else latency.rows,
+        speedup=None if latency is None else latency.speedup,
+    )
+
+
+def publish(folder: Path, models: Models, evidence: Artifact, report: Report) -> Path:
+    """Put everything where the user looks for it, the model last."""
+    assert report.verdict is not None
+    program = models.student.path / "program.pt2"
+    net = (
+        {"student.pt2": program}
+        if program.exists()
+        else {"student.safetensors": models.student.path / "model.safetensors"}
+    )
+    recipe = yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True)
+    return release.publish(
+        folder,
+        model=models.deployed.path / "model.onnx",
+        passed=report.verdict.outcome == "pass",
+        files={
+            "model.fp32.onnx": models.floating.path / "model.onnx",
+            **net,
+            "recipe.yaml": recipe,
+            release.SAMPLES: evidence.path / release.SAMPLES,
+            release.REPORT: report.model_dump_json(indent=1) + "\n",
+            "report.md": to_markdown(report),
+            release.TRAINING: _training_lines(report),
+        },
+    )
+
+
+def baseline_note(found: dict[str, Any]) -> str | None:
+    """What distillation has gained over the same student without a teacher, on the test set."""
+    correct = {row["role"]: row["correct"] for row in found["models"]}
+    if "baseline" not in correct:
+        return None
+    n = found["models"][0]["n"]
+    gain = 100 * (correct["student"] - correct["baseline"]) / n
+    if gain <= 0:
+        return (
+            f"WARNING: distillation gained nothing: the student has {gain:+.2f} points against the "
+            f"same student without a teacher (n = {n}); look at the teacher, the weights of the "
+            "objectives and the schedule"
+        )
+    return (
+        f"distillation gained {gain:+.2f} points over the same student without a teacher (n = {n})"
+    )
+
+
+def _training_lines(report: Report) -> str:
+    """Every epoch of every training run, one JSON object a line."""
+    lines = []
+    for stage in report.stages:
+        for entry in (stage.measurements.get("training") or {}).get("history", ()):
+            lines.append(json.dumps({"stage": stage.name, **entry}))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _stage_record(artifact: Artifact) -> StageRecord:
+    return StageRecord(
+        name=artifact.stage,
+        recalled=artifact.recalled,
+        seconds=artifact.seconds,
+        sha256=artifact.sha256,
+        measurements=dict(artifact.measurements),
+    )
+
+
+def _with_sizes(row: dict[str, Any], models: Models) -> dict[str, Any]:
+    """Parameters, multiply-adds and bytes come from the ONNX file of the same network."""
+    owner = {
+        "teacher": models.teacher_onnx,
+        "baseline": None,
+        "student": models.floating,
+        "float": models.floating,
+        "int8": models.deployed,
+    }[row["role"]]
+    if owner is None:
+        return row
+    sizes = owner.measurements
+    return row | {
+        "parameters": sizes["parameters"],
+        "multiply_adds": sizes["multiply_adds"],
+        "onnx_bytes": sizes["bytes"],
+    }

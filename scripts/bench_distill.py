@@ -1,0 +1,263 @@
+"""Measure distillation and write benchmarks/distillation.md. Every figure is of a run made here.
+
+    python scripts/bench_distill.py --work DIR [--part speed resnet20 mobilenetv2]
+                                    [--images 10000] [--epochs 6]
+
+`speed`: images/s of our trainer, of the usual distillation loop and of plain supervised PyTorch,
+in turns. `resnet20`, `mobilenetv2`: every method on CIFAR-10 under one schedule, from one teacher.
+DIR keeps the runs, so that a stopped benchmark goes on where it was. Data: $EDGESTILL_DATA, see
+README. `--images` takes that many training images (the first rows of the file), all by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from edgestill.models.store import load_network
+from edgestill.pipeline import flow, steps
+from edgestill.pipeline.data.dataset import open_data
+from edgestill.pipeline.measure.accuracy import accuracy, logits_of_module
+from edgestill.pipeline.measure.machine import available_threads, describe_machine
+from edgestill.pipeline.recipe import Recipe
+from edgestill.pipeline.stage import Silent
+from edgestill.pipeline.workspace import locked
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(os.environ.get("EDGESTILL_DATA", ROOT / "../shared/data")).resolve()
+
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+AUGMENT = {"crop": "pad", "pad": 4, "flip": True}
+FINE_TUNED = {"epochs": 2, "lr": 0.01, "warmup_epochs": 0.5, "augment": AUGMENT}
+TEACHER = {
+    "model": "resnet56",
+    "weights": str(DATA / "checkpoints/resnet56-4bfd9763.th"),
+    "train": FINE_TUNED,
+}
+SECOND = {
+    "model": "resnet20",
+    "weights": str(DATA / "checkpoints/resnet20-12fca82f.th"),
+    "train": FINE_TUNED,
+}
+STUDENTS: dict[str, dict[str, Any]] = {
+    "resnet20": {"model": "resnet20"},
+    "mobilenetv2": {"model": "mobilenetv2", "args": {"width": 0.5}},
+}
+HARD = {"name": "hard", "weight": 0.1}
+KD = {"name": "kd", "weight": 0.9, "temperature": 4}
+ONE = {"name": "hard", "weight": 1.0}
+VIEWS = 4
+
+# label → what differs from the schedule. The default strategy is `{}`; no teacher is None.
+METHODS: dict[str, dict[str, Any] | None] = {
+    "no teacher": None,
+    "default: KD, standardized": {},
+    "KD": {"objectives": [KD, HARD]},
+    "DKD": {"objectives": [{"name": "dkd"}, ONE]},
+    "DIST": {"objectives": [{"name": "dist"}, ONE]},
+    "FitNet": {"objectives": [{"name": "hint"}, ONE]},
+    "AT": {"objectives": [{"name": "attention"}, ONE]},
+    "ReviewKD": {"objectives": [{"name": "reviewkd"}, ONE]},
+    "RKD": {"objectives": [{"name": "rkd"}, ONE]},
+    "quality: KD, standardized + ReviewKD": {"strategy": "quality"},
+    "KD + AT, balanced": {"objectives": [KD, HARD, {"name": "attention", "weight": 0.5}],
+                          "balance": True},
+    "CTKD": {"objectives": [{"name": "kd", "temperature": "curriculum"}, HARD]},
+    "two teachers, mean": {"objectives": [KD, HARD], "combine": "mean"},
+    "two teachers, confidence": {"objectives": [KD, HARD], "combine": "confidence"},
+    "born-again, 2 generations": {"generations": 2, "objectives": [KD, HARD]},
+    "average of itself": {"target": "ema"},
+    "BYOT": {"target": "exits"},
+    "DML, 2 peers": {"target": "peers"},
+    "teacher trained jointly": {"target": "joint"},
+    "10 % of the labels, no teacher": None,
+    "10 % of the labels, default": {},
+    "10 % of the labels + the rest unlabelled": {},
+}  # fmt: skip
+SEEDS = {"no teacher": 3, "default: KD, standardized": 3, "quality: KD, standardized + ReviewKD": 3}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--part", nargs="+", choices=["speed", *STUDENTS], default=None)
+    parser.add_argument("--images", type=int, default=None)
+    parser.add_argument("--epochs", type=int, default=6)
+    given = parser.parse_args()
+    work = given.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    store = work / "results.json"
+    results = json.loads(store.read_text()) if store.exists() else {}
+    for part in given.part or ["speed", *STUDENTS]:
+        print(f"== {part}", flush=True)
+        stamp = {"date": datetime.date.today().isoformat(), "machine": describe_machine()}
+        if part == "speed":
+            results[part] = speed() | stamp
+        else:
+            rows = methods(part, work, images=given.images, epochs=given.epochs)
+            results[part] = {"rows": rows, "epochs": given.epochs, "images": given.images} | stamp
+        store.write_text(json.dumps(results, indent=1))
+    target = ROOT / "benchmarks" / "distillation.md"
+    target.write_text(to_markdown(results))
+    print(target)
+
+
+def speed() -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-P", str(ROOT / "scripts" / "bench_distill_loop.py")],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return dict(json.loads(done.stdout))
+
+
+def methods(
+    student: str, work: Path, *, images: int | None, epochs: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Method → one record a seed."""
+    train = subset(work, images)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name in METHODS:
+        for seed in range(SEEDS.get(name, 1)):
+            recipe = recipe_of(name, student, train, epochs=epochs, seed=seed)
+            row = one(recipe, work / "run")
+            rows.setdefault(name, []).append(row)
+            print(f"{student} | {name} | seed {seed} | {row}", flush=True)
+    return rows
+
+
+def recipe_of(name: str, student: str, train: Path, *, epochs: int, seed: int) -> Recipe:
+    data: dict[str, Any] = {
+        "train": {"path": str(train)},
+        "test": {"path": str(DATA / "cifar10-jpeg/test.parquet")},
+        "validation": 0.05,
+        "calibration": 64,
+        "preprocess": IMAGENET,
+    }
+    if name.startswith("10 %"):
+        data["unlabelled"] = {"fraction": 0.9}
+    schedule = {"epochs": epochs, "lr": 0.2, "select": "final", "augment": AUGMENT}
+    method = METHODS[name]
+    recipe: dict[str, Any] = {"seed": seed, "data": data, "student": STUDENTS[student]}
+    if method is None:
+        recipe["student"] = recipe["student"] | {"train": schedule}
+        data.pop("unlabelled", None) if not name.startswith("10 %") else None
+    else:
+        recipe["distill"] = schedule | {"views": VIEWS} | method
+        if method.get("target") in (None, "joint"):
+            recipe["teacher"] = TEACHER
+        if method.get("target") == "joint":
+            recipe["teacher"] = {"model": "resnet56"}
+        if "combine" in method:
+            recipe["teacher"] = [TEACHER, SECOND]
+    return Recipe.model_validate(recipe)
+
+
+def one(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Train by the stages of the main job, then test the final weights once."""
+    with locked(folder) as root:
+        work = steps.begin(recipe, root, events=Silent(), fresh=False)
+        data = steps.prepare_data(work)
+        steps.check_before_training(work, data)
+        teachers = steps.prepare_teachers(work, data)
+        student = flow.learn(work, data, teachers)
+    opened = open_data(data.path, memory_budget_bytes=2**31)
+    training = student.measurements["training"]
+    last = training["history"][-1]
+    return {
+        "accuracy": tested(student.path, opened),
+        "teachers": [tested(teacher.path, opened) for teacher in teachers],
+        "agreement": last.get("agreement"),
+        "images_per_second": training["images_per_second"],
+        "precision": training["precision"]["name"],
+        "epoch_seconds": len(opened.train.labels) / training["images_per_second"],
+        "why": student.measurements.get("distillation", {}).get("why", "labels alone"),
+        "train_images": len(opened.train.labels),
+        "unlabelled": student.measurements.get("unlabelled"),
+        "n": len(opened.test.labels),
+    }
+
+
+def tested(folder: Path, opened: Any) -> float:
+    torch.set_num_threads(available_threads())
+    module = load_network(folder).network.module
+    logits = logits_of_module(module, opened.test, opened.preprocess, device="cpu", name="network")
+    return 100 * accuracy(logits, opened.test.labels)
+
+
+def subset(work: Path, images: int | None) -> Path:
+    """The first rows of the training file, which is in random order."""
+    whole = DATA / "cifar10-jpeg/train.parquet"
+    if images is None:
+        return whole
+    path = work / f"train-{images}.parquet"
+    if not path.exists():
+        pq.write_table(pq.read_table(whole).slice(0, images), path)
+    return path
+
+
+def to_markdown(results: dict[str, Any]) -> str:
+    lines = ["# Distillation", "", "Made by `scripts/bench_distill.py`.", ""]
+    for part, result in results.items():
+        lines += render_speed(result) if part == "speed" else render_methods(part, result)
+        machine = result["machine"]
+        versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items() if v)
+        lines += ["", f"{result['date']}, {machine['cpu_model']}, {versions}.", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def render_speed(result: dict[str, Any]) -> list[str]:
+    ours = statistics.median(result["images_per_second"]["ours"])
+    rows = []
+    for name, values in result["images_per_second"].items():
+        middle = statistics.median(values)
+        rows.append(
+            f"| {result['what'][name]} | {middle:.0f} | {min(values):.0f}–{max(values):.0f} "
+            f"| {len(values)} | {ours / middle:.2f} |"
+        )
+    head = ["| loop | images/s, median | range | n | ours is × as fast |", "| --- " * 5 + "|"]
+    return ["## Speed", "", result["about"], "", *head, *rows]
+
+
+def render_methods(student: str, result: dict[str, Any]) -> list[str]:
+    rows = result["rows"]
+    alone = statistics.mean(row["accuracy"] for row in rows["no teacher"])
+    first = rows["default: KD, standardized"][0]
+    lines = [
+        f"## {student}, CIFAR-10, {result['epochs']} epochs of {first['train_images']:,} images",
+        "",
+        f"Teacher: public ResNet-56, fine-tuned 2 epochs on these images, "
+        f"{first['teachers'][0]:.2f} % on test. Final-epoch weights, n = {first['n']:,} test "
+        "images, one schedule for all rows. The rows with 10 % of the labels have a teacher "
+        "fine-tuned on those alone.",
+        "",
+        "| method | test accuracy, % (seeds) | against no teacher | agreement with the teacher, % "
+        "| epoch, s | precision | objectives |",
+        "| --- " * 7 + "|",
+    ]
+    for name, seeds in rows.items():
+        found = [row["accuracy"] for row in seeds]
+        spread = f" ({min(found):.2f}–{max(found):.2f}, n = {len(found)})" if len(found) > 1 else ""
+        agreement, mean = seeds[0]["agreement"], statistics.mean(found)
+        lines.append(
+            f"| {name} | {mean:.2f}{spread} | {mean - alone:+.2f} "
+            f"| {'' if agreement is None else format(100 * agreement, '.1f')} "
+            f"| {statistics.median(row['epoch_seconds'] for row in seeds):.1f} "
+            f"| {seeds[0]['precision']} | {seeds[0]['why'].partition(':')[0]} |"
+        )
+    return lines
+
+
+if __name__ == "__main__":
+    begun = time.perf_counter()
+    main()
+    print(f"{time.perf_counter() - begun:.0f} s")
