@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ Examples:
   compress run                               the built-in recipe, into out/
   compress run recipe.yaml -o out/phone      your own
   compress run cifar10 --set distill.epochs=5
+  torchrun --nproc-per-node 2 -m edgestill run recipe.yaml
   compress init --model resnet18 --weights w.pth --data photos/
   compress gate out/ --policy release.yaml   judge again; the exit code is the verdict
 
@@ -102,7 +104,8 @@ def run(
     from .flow import run as run_flow
     from .release import MODEL, REJECTED
 
-    with Console(quiet=quiet, log_json=log_json) as console:
+    helps = os.environ.get("RANK", "0") != "0"  # one of torchrun's processes: the first speaks
+    with Console(quiet=quiet or helps, log_json=log_json and not helps) as console:
         console.say(f"edgestill {__version__}: {recipe} → {out}")
         report = run_flow(wish, out, events=console, fresh=fresh)
     if report is None:

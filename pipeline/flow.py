@@ -48,7 +48,8 @@ def run(
         baseline = steps.train_baseline(work, data)
         teacher = steps.reference_teacher(work, teachers, student)
         if not world.leads:
-            return None
+            return None  # the others have trained their share
+        work = steps.alone(work)
 
         floating = steps.export_student(work, data, student)
         deployed = steps.quantize(work, data, floating) if recipe.quantize else floating

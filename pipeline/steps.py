@@ -257,6 +257,12 @@ def reference_teacher(
     )
 
 
+def alone(work: Work) -> Work:
+    """What comes after training, the first of several processes does by itself."""
+    workspace = dataclasses.replace(work.workspace, world=ALONE)
+    return dataclasses.replace(work, workspace=workspace)
+
+
 def export_student(work: Work, data: Artifact, student: Artifact) -> Artifact:
     return _export(work, "export", student, data)
 
