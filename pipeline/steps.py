@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..exporters.sessions import open_session, run_batches
 from ..models.source import open_network
@@ -27,7 +28,7 @@ from .data.stage import source_fingerprint
 from .distill.label_store import network_sha256
 from .distill.labels import store_labels as store
 from .distill.strategy import Plan, choose
-from .distill.student import JOINT_TEACHER, Lessons
+from .distill.student import JOINT_TEACHER, Lessons, check_lessons
 from .distill.student import train_student as train
 from .distill.teacher import prepare_teacher as teach
 from .errors import RecipeError
@@ -111,8 +112,13 @@ def check_before_training(work: Work, data: Artifact) -> None:
     """Everything that can be known to fail later is said now; so is what the test set can prove."""
     opened = _open(work, data)
     teachers = {_numbered("teacher", i): spec for i, spec in enumerate(work.recipe.teachers)}
+    modules = {}
     for name, spec in {**teachers, "student": work.recipe.student}.items():
-        work.origins[name] = _check_network(spec, opened, where=name)
+        modules[name], work.origins[name] = _check_network(spec, opened, where=name)
+    if work.recipe.distill is not None:
+        student = modules.pop("student")
+        by = list(modules.values()) or [student]  # its own former generation
+        check_lessons(_plan(work), student, by, input_shape=opened.input_shape)
     gate, n = work.recipe.gate, len(opened.test.labels)
     if gate.max_drop_points is not None:
         perfect, usual = (
@@ -420,8 +426,8 @@ def _network_reads(work: Work, name: str, spec: NetworkSpec, data: Artifact) -> 
     }
 
 
-def _check_network(spec: NetworkSpec, data: Data, *, where: str) -> str:
-    """Build it, load its weights, run it once; returns the hash of all it is made of."""
+def _check_network(spec: NetworkSpec, data: Data, *, where: str) -> tuple[nn.Module, str]:
+    """Build it, load its weights, run it once; with the hash of all it is made of."""
     network = open_network(
         spec.model,
         args=spec.args,
@@ -438,7 +444,7 @@ def _check_network(spec: NetworkSpec, data: Data, *, where: str) -> str:
         digest.update(f"{source.name} {file_sha256(source)}\n".encode())
     if spec.is_program:
         digest.update(file_sha256(Path(spec.model)).encode())
-    return digest.hexdigest()
+    return network.module, digest.hexdigest()
 
 
 def _plan(work: Work) -> Plan:

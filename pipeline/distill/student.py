@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...models.source import Network
@@ -23,8 +24,9 @@ from ..stage import Context
 from ..train.average import tensors_of
 from ..train.checkpoint import digest
 from ..train.loop import FitResult, fit
-from ..train.reproducible import reproducible
+from ..train.reproducible import derive_seed, reproducible
 from ..training_spec import DistillSpec
+from .joints import join
 from .label_store import LabelStore, describe, network_sha256, open_labels
 from .learner import Learner
 from .networks import (
@@ -41,6 +43,7 @@ from .tasks import (
     among_peers,
     averaged,
     beside_teacher,
+    exit_stages,
     supervised,
     taught,
     with_exits,
@@ -66,6 +69,24 @@ class Lessons:
     teachers: tuple[Path, ...] = ()
     joint: NetworkSpec | None = None
     generation: int = 1
+
+
+def check_lessons(
+    plan: Plan,
+    student: nn.Module,
+    teachers: Sequence[nn.Module],
+    *,
+    input_shape: tuple[int, int, int],
+) -> None:
+    """What can be known of a plan before hours of training: that its layers exist and fit.
+
+    Raises:
+        RecipeError, ModelError: they do not.
+    """
+    with torch.random.fork_rng(devices=[]):
+        join(plan.features, student, teachers, input_shape=input_shape)
+    if plan.target == "exits":
+        exit_stages(student, input_shape)
 
 
 def train_student(
@@ -129,6 +150,7 @@ def _distil(
         joint, _ = build(lessons.joint, data, context=context, where="teacher")
         joint.module.to(context.device)
     network.module.to(context.device)
+    torch.manual_seed(derive_seed(context.seed, "parts", lessons.generation))
     course = _course(network.module, spec, lessons, teachers, joint, data=data, context=context)
     identity = "/".join(network_sha256(path) for path in lessons.teachers)
     result = fit(course.learner, course.task, lessons.spec, context=context, identity=identity)

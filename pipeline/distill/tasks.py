@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..data.augment import ViewBatch, Views
 from ..data.dataset import Data, ImageSet, with_unlabelled
-from ..errors import DataError
+from ..errors import RecipeError
 from ..measure.accuracy import accuracy, logits_of_module
 from ..stage import Context
 from ..train.loop import Task
@@ -94,7 +94,7 @@ def taught(
         stores: of `target: stored`; views repeat after K.
         teachers: of `target: live`: on the device, in eval mode; they run without gradient.
     Raises:
-        RecipeError: layers that cannot be joined. DataError: nothing is left to learn from.
+        RecipeError: layers that cannot be joined.
     """
     joints = join(plan.features, student, teachers, input_shape=data.input_shape)
     parts = {**joints.parts, **temperature_part(plan.objectives)}
@@ -178,12 +178,7 @@ def with_exits(
 
     Terms: `hard` of the network itself; `exit1.hard`, `exit1.kd`, … of its exits, shallow → deep.
     """
-    *shallow, deepest = stage_ends(student, data.input_shape)
-    if not shallow:
-        raise DataError(
-            f"distill.target: exits needs a network of several resolution stages; "
-            f"{type(student).__name__} has only {deepest}"
-        )
+    *shallow, deepest = exit_stages(student, data.input_shape)
     tapped = Tapped(student, (*shallow, deepest))
     shapes = feature_shapes(tapped, data.input_shape)
     tapped.close()
@@ -205,6 +200,21 @@ def with_exits(
 
     task = _task(learner, data, plan, spec, terms=terms, groups=names, alone=("",), context=context)
     return Course(learner, task)
+
+
+def exit_stages(student: nn.Module, input_shape: tuple[int, int, int]) -> tuple[str, ...]:
+    """The stages that get an exit, and the last, which teaches them.
+
+    Raises:
+        RecipeError: the network has only one.
+    """
+    stages = stage_ends(student, input_shape)
+    if len(stages) < 2:
+        raise RecipeError(
+            f"distill.target: exits needs a network of several resolution stages; "
+            f"{type(student).__name__} has only {stages[0]}"
+        )
+    return stages
 
 
 def among_peers(

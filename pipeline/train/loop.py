@@ -375,9 +375,10 @@ def _note(run: _Run, spec: TrainSpec) -> str:
     if not run.history:
         return f"epoch 1/{spec.epochs}"
     last = run.history[-1]
+    agrees = f"agrees {100 * last['agreement']:.1f} % · " if "agreement" in last else ""
     return (
-        f"epoch {last['epoch']}/{spec.epochs} · loss {last['loss']:.3f} · "
-        f"validation {100 * last['accuracy']:.1f} % · {last['images_per_second']:,.0f} images/s"
+        f"epoch {last['epoch']}/{spec.epochs} · loss {last['loss']:.3f} · validation "
+        f"{100 * last['accuracy']:.1f} % · {agrees}{last['images_per_second']:,.0f} images/s"
     )
 
 
