@@ -196,7 +196,7 @@ def _one_or_many(value: object) -> str:
     return "many" if isinstance(value, list | tuple) else "one"
 
 
-_Many = Annotated[tuple[TeacherSpec, ...], Field(min_length=1), Tag("many")]
+_Many = Annotated[tuple[TeacherSpec, ...], Tag("many")]
 _Teachers = Annotated[Annotated[TeacherSpec, Tag("one")] | _Many, Discriminator(_one_or_many)]
 
 
@@ -248,6 +248,10 @@ def _network_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
     given = [n for n in networks if n.weights is not None]
     is_joint = distill is not None and distill.target == "joint"
     return [
+        (
+            recipe.teacher == (),
+            "teacher: an empty list; name a teacher, or leave the section out",
+        ),
         (
             any(not t.is_trained and t.train is None for t in teachers) and not is_joint,
             "teacher: neither weights nor train is given, and an untrained teacher teaches noise; "
@@ -333,8 +337,8 @@ def _distill_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
         ),
         (
             bool(features) and spec.target not in (None, "live"),
-            f"distill.objectives: {', '.join(features)} compares feature maps, which are neither "
-            f"stored nor had from {spec.target}; use `target: live`",
+            f"distill.objectives: {', '.join(features)} compares feature maps, which only a live "
+            f"teacher shows, not `target: {spec.target}`; use `target: live`",
         ),
         (
             bool(features) and any(t.is_program for t in teachers),

@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 
 from .errors import RecipeError
 from .recipe import Recipe
+from .training_spec import objective_names
 
 SHIPPED = Path(__file__).parent / "recipes"
 # Relative paths of a shipped recipe start here: the package folder is no place for anybody's data.
@@ -144,18 +145,29 @@ def _override(document: Document, text: str) -> None:
         value = yaml.safe_load(literal)
     except yaml.YAMLError:
         raise RecipeError(f"--set {text}: the value is not valid YAML") from None
-    place = document.data
+    place: Any = document.data
     for depth, key in enumerate(keys[:-1]):
-        if place.get(key) is None:
+        if isinstance(place, dict) and place.get(key) is None:
             place[key] = {}
-        if not isinstance(place[key], dict):
+        inner = _item(place, key)
+        if not isinstance(inner, dict | list):
             raise RecipeError(
-                f"--set {text}: {_dotted(keys[: depth + 1])} is {place[key]!r} in "
+                f"--set {text}: {_dotted(keys[: depth + 1])} is {inner!r} in "
                 f"{document.name}, not a section"
             )
-        place = place[key]
+        place = inner
+    if isinstance(place, list):
+        raise RecipeError(f"--set {text}: names an item of a list; give the whole list instead")
     place[keys[-1]] = value
-    _resolve_paths(place, keys[:-1], Path.cwd(), only=keys[-1])
+    section = tuple(key for key in keys[:-1] if not key.isdecimal())
+    _resolve_paths(place, section, Path.cwd(), only=keys[-1])
+
+
+def _item(place: Any, key: str) -> Any:
+    """`place[key]`, where the key may be a position in a list; None if there is none."""
+    if isinstance(place, list):
+        return place[int(key)] if key.isdecimal() and int(key) < len(place) else None
+    return place[key]
 
 
 def _resolve_paths(
@@ -166,9 +178,10 @@ def _resolve_paths(
         here = (*at, str(key))
         if only is not None and key != only:
             continue
-        if isinstance(value, dict):
-            _resolve_paths(value, here, base)
-        elif isinstance(value, str) and here in PATHS:
+        for one in value if isinstance(value, list) else (value,):
+            if isinstance(one, dict):
+                _resolve_paths(one, here, base)
+        if isinstance(value, str) and here in PATHS:
             section[key] = _absolute(value, base, is_model=key == "model")
 
 
@@ -189,8 +202,10 @@ def _say(detail: ErrorDetails, document: Document, model: type[BaseModel]) -> It
         message = f"unknown key{_nearest(location, model)}"
     elif detail["type"] == "missing":
         message = "missing, and it has no default"
-    elif detail["type"] == "union_tag_invalid":
-        message = "expected {path: …} or {fraction: …}"
+    elif detail["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        message = _wrong_choice(detail)
+    elif detail["type"] == "tuple_type":
+        message = f"expected a list, got {detail['input']!r}"
     elif not detail["type"].startswith("value_error"):
         message = f"{message[0].lower()}{message[1:]}, got {detail['input']!r}"
     if location:
@@ -199,6 +214,20 @@ def _say(detail: ErrorDetails, document: Document, model: type[BaseModel]) -> It
     for line in message.splitlines():  # rules over several sections name their own key
         key = tuple(line.partition(":")[0].split("."))
         yield f"{_where(key, document)} {line}"
+
+
+def _wrong_choice(detail: ErrorDetails) -> str:
+    """What a section that comes in several kinds should have been."""
+    context = detail.get("ctx", {})
+    if context.get("discriminator") != "'name'":
+        return "expected {path: …} or {fraction: …}"
+    known = objective_names()
+    given = context.get("tag")
+    if given is None:
+        return f"expected `name:` to say which objective it is: {', '.join(known)}"
+    near = difflib.get_close_matches(str(given), known, n=1)
+    meant = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known)}"
+    return f"no objective is called {given!r}{meant}"
 
 
 def _in_document(loc: Location, data: Any) -> Location:
@@ -216,7 +245,7 @@ def _in_document(loc: Location, data: Any) -> Location:
     return tuple(kept)
 
 
-_TAGS = ("source", "split", "number")
+_TAGS = ("source", "split", "number", "one", "many")
 
 
 def _where(location: Location, document: Document) -> str:
@@ -250,6 +279,6 @@ def _models_at(model: type[BaseModel], location: Location) -> list[type[BaseMode
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if typing.get_origin(annotation) in (typing.Union, UnionType, typing.Annotated):
+    if typing.get_origin(annotation) in (typing.Union, UnionType, typing.Annotated, tuple):
         return [m for part in typing.get_args(annotation) for m in _models_in(part)]
     return []

@@ -8,7 +8,7 @@ what the recipe leaves open.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -116,8 +116,8 @@ class FeatureSpec(ObjectiveSpec):
     None: the end of each resolution stage, deepest with deepest.
     """
 
-    student: tuple[str, ...] | None = Field(None, min_length=1)
-    teacher: tuple[str, ...] | None = Field(None, min_length=1)
+    student: tuple[str, ...] | None = None
+    teacher: tuple[str, ...] | None = None
     of: Annotated[int, Field(ge=1)] = 1  # which teacher, where there are several
 
 
@@ -156,11 +156,17 @@ Objective = Annotated[
 ]
 
 
+def objective_names() -> list[str]:
+    """What `name:` of an objective may be."""
+    kinds = get_args(get_args(Objective)[0])
+    return [kind.model_fields["name"].default for kind in kinds]
+
+
 class DistillSpec(TrainSpec):
     """Training against a teacher, oneself or peers. What is left open, `strategy` fills in."""
 
     strategy: Literal["auto", "fast", "quality"] = "auto"
-    objectives: tuple[Objective, ...] | None = Field(None, min_length=1)
+    objectives: tuple[Objective, ...] | None = None
     target: Target | None = None  # None: stored, or live where a feature is compared
     combine: Literal["mean", "confidence"] | tuple[NotNegative, ...] = "mean"  # several teachers
     views: Size = 8  # augmented views of the training set that a teacher labels
@@ -178,8 +184,8 @@ class DistillSpec(TrainSpec):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"objectives: {', '.join(twice)} named more than once")
-        if terms and not any(term.weight > 0 for term in terms):
-            raise ValueError("objectives: every weight is 0: there is nothing to learn")
+        if self.objectives is not None and not any(term.weight > 0 for term in terms):
+            raise ValueError("objectives: none has a weight above 0: there is nothing to learn")
         if isinstance(self.combine, tuple) and not sum(self.combine) > 0:
             raise ValueError("combine: the teachers' weights sum to 0: nobody would teach")
         return self

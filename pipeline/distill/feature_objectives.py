@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _EPS = 1e-12
+_SHORTEST = 1e-6  # a shorter difference of embeddings has no direction in float32
 _LEVELS = (4, 2, 1)  # pooled sizes of the hierarchical loss, halving in weight
 
 
@@ -21,11 +22,11 @@ def hint(student: Tensor, teacher: Tensor) -> Tensor:
     Args:
         student, teacher: of one shape; the student's after its projection.
     Raises:
-        ValueError: shapes differ.
+        ValueError: shapes differ, or the batch is empty.
     """
-    if student.shape != teacher.shape:
+    if student.shape != teacher.shape or student.numel() == 0:
         raise ValueError(
-            f"hint: expected features of one shape, got {tuple(student.shape)} and "
+            f"hint: expected features of one shape, N > 0; got {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}"
         )
     return F.mse_loss(student.float(), teacher.detach().float())
@@ -41,7 +42,7 @@ def attention(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     Args:
         student, teacher: maps (N, Ci, Hi, Wi), one a stage.
     Raises:
-        ValueError: not as many maps on both sides, or none.
+        ValueError: not as many maps or samples on both sides, or none.
     """
     _check_pairs("attention", student, teacher)
     parts = []
@@ -70,7 +71,7 @@ def hierarchical(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor
     Args:
         student: fused maps, of the teacher's shapes. teacher: maps (N, Ci, Hi, Wi).
     Raises:
-        ValueError: not as many maps on both sides, none, or shapes differ.
+        ValueError: not as many maps or samples on both sides, none, or shapes differ.
     """
     _check_pairs("hierarchical", student, teacher)
     parts = []
@@ -123,21 +124,21 @@ def pooled(feature: Tensor) -> Tensor:
 
 def _distances(embeddings: Tensor) -> Tensor:
     """(N, N) Euclidean distances over the mean of those between different samples."""
-    gram = embeddings @ embeddings.T
-    squares = gram.diagonal()
-    distances = (squares[:, None] + squares[None, :] - 2 * gram).clamp_min(_EPS).sqrt()
-    apart = 1 - torch.eye(len(embeddings), device=embeddings.device)
-    distances = distances * apart
-    mean = distances.sum() / apart.sum()
+    # not from a Gram matrix: autocast would make it bfloat16, and even float32 cancels where
+    # samples lie close together; the gradient at distance 0 is 0
+    distances = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
+    mean = distances.sum() / (len(embeddings) * (len(embeddings) - 1))
     return distances / mean.clamp_min(_EPS)
 
 
 def _angles(embeddings: Tensor) -> Tensor:
-    """(N, N, N): the cosine at vertex i between j and k."""
+    """(N, N, N): the cosine at vertex i between j and k; 0 where one of them coincides with i."""
     towards = embeddings[None, :, :] - embeddings[:, None, :]
-    # normalize() has a finite gradient at the zero vector of a sample to itself
-    unit = F.normalize(towards, dim=2)
-    return torch.bmm(unit, unit.transpose(1, 2))
+    length = torch.linalg.vector_norm(towards, dim=2, keepdim=True)
+    # dividing a coincident pair by a tiny length would send its gradient to 1e12
+    unit = towards / torch.where(length > _SHORTEST, length, 1.0)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        return torch.bmm(unit, unit.transpose(1, 2))
 
 
 def _check_pairs(name: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> None:
@@ -145,6 +146,12 @@ def _check_pairs(name: str, student: Sequence[Tensor], teacher: Sequence[Tensor]
         raise ValueError(
             f"{name}: expected as many maps of the student as of the teacher, at least one; got "
             f"{len(student)} and {len(teacher)}"
+        )
+    samples = [[len(feature) for feature in side] for side in (student, teacher)]
+    if samples[0] != samples[1] or 0 in samples[0]:
+        raise ValueError(
+            f"{name}: expected maps of the same N > 0 samples, got N of {samples[0]} and "
+            f"{samples[1]}"
         )
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Temperature = float | Tensor  # a tensor is a learned one (CTKD): 0-dim, > 0, not looked at
-UNLABELLED = -1  # label of an image that has none
+UNLABELLED = -1  # label of an image that has none; any label below 0 is read as this
 _EPS_STD = 1e-7  # of the published code of logit standardization
 
 
@@ -80,6 +80,7 @@ def hard_label(
 
 def _mean_over_labelled(logits: Tensor, labels: Tensor, shares: Tensor, smoothing: float) -> Tensor:
     """Σ share · CE / Σ share over the rows that have a label; 0 where there is none."""
+    labels = labels.clamp_min(UNLABELLED)
     losses = F.cross_entropy(
         logits, labels, label_smoothing=smoothing, reduction="none", ignore_index=UNLABELLED
     )

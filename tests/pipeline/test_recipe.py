@@ -179,3 +179,99 @@ def test_a_resolved_recipe_is_a_recipe_again(tmp_path: Path) -> None:
     text = yaml.safe_dump(recipe.model_dump(mode="json"))
 
     assert load_recipe(write(tmp_path, text)) == recipe
+
+
+TAUGHT = """\
+data:
+  train: {path: digits}
+  test: {fraction: 0.4}
+student: {model: plain_cnn_small}
+teacher: {model: plain_cnn_large, train: {epochs: 1}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("distill", "expected"),
+    [
+        ("objectives: [{name: kdd}]", "no objective is called 'kdd'; did you mean `kd`?"),
+        ("objectives: [{weight: 1}]", "expected `name:` to say which objective it is: hard, kd"),
+        ("objectives: [{name: kd, temprature: 1}]", "did you mean `temperature`?"),
+        ("objectives: [{name: kd, temperature: 0}]", "greater than 0, got 0"),
+        ("objectives: [{name: kd, temperature: -1}]", "greater than 0, got -1"),
+        ("objectives: [{name: kd, weight: 0}]", "none has a weight above 0"),
+        ("objectives: []", "none has a weight above 0"),
+        ("objectives: kd", "expected a list, got 'kd'"),
+        ("objectives: [{name: kd}, {name: kd}]", "kd named more than once"),
+        ("objectives: [{name: hint}], target: stored", "which only a live teacher shows"),
+        ("objectives: [{name: hint, of: 2}]", "names a teacher that is not there (1 given)"),
+        ("objectives: [{name: dkd}], augment: {mixup: 0.2}", "needs one true class"),
+        ("combine: [0.0]", "sum to 0: nobody would teach"),
+        ("combine: [0.5, 0.5]", "expected a weight for each of 1 teachers, got 2"),
+        ("target: exits", "the student is its own teacher"),
+        ("target: joint", "it is trained together with the student"),
+        ("confidence_floor: 0.5", "there are none; add `data.unlabelled`"),
+        ("target: life", "input should be 'stored', 'live'"),
+    ],
+)
+def test_what_a_student_cannot_learn_from_is_said_with_its_line(
+    tmp_path: Path, distill: str, expected: str
+) -> None:
+    text = problems(tmp_path, TAUGHT + f"distill: {{{distill}}}\n")
+
+    assert expected in text
+    assert text.startswith("recipe.yaml:")
+
+
+@pytest.mark.parametrize(
+    ("data", "distill", "expected"),
+    [
+        ("{fraction: 0.5}", "objectives: [{name: hard}]", "no objective can use images without"),
+        ("{fraction: 0.5}", "objectives: [{name: dkd}, {name: kd}]", "needs one true class"),
+        ("{fraction: 0.5}", "confidence_floor: 0.5, target: live", "measured on stored labels"),
+    ],
+)
+def test_unlabelled_images_need_an_objective_without_labels(
+    tmp_path: Path, data: str, distill: str, expected: str
+) -> None:
+    text = TAUGHT.replace("  test:", f"  unlabelled: {data}\n  test:")
+
+    assert expected in problems(tmp_path, text + f"distill: {{{distill}}}\n")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "expected"),
+    [
+        ("[]", "an empty list; name a teacher"),
+        ("[{model: resnet20, wieghts: a.pt}]", "teacher.0.wieghts: unknown key; did you mean"),
+        ("[{weights: a.pt}]", "teacher.0.model: missing"),
+        ("3", "got 3"),
+    ],
+)
+def test_a_wrong_teacher_of_several_is_named_by_its_place(
+    tmp_path: Path, teacher: str, expected: str
+) -> None:
+    text = TAUGHT.partition("teacher:")[0] + f"teacher: {teacher}\n"
+
+    assert expected in problems(tmp_path, text)
+
+
+def test_paths_of_several_teachers_resolve_and_can_be_overridden(tmp_path: Path) -> None:
+    text = TAUGHT.partition("teacher:")[0].replace(
+        "  test:", "  preprocess: {channels: gray, mean: [0.5], std: [0.5]}\n  test:"
+    )
+    text += "teacher: [{model: net.py:make, weights: a.pt}, {model: resnet20, weights: b.pt}]\n"
+
+    recipe = load_recipe(
+        write(tmp_path, text), overrides=[f"teacher.1.weights={tmp_path}/other.pt"]
+    )
+
+    assert [teacher.model for teacher in recipe.teachers] == [f"{tmp_path}/net.py:make", "resnet20"]
+    assert recipe.teachers[0].weights == f"{tmp_path}/a.pt"
+    assert recipe.teachers[1].weights == f"{tmp_path}/other.pt"
+
+
+def test_a_student_without_a_teacher_may_teach_itself(tmp_path: Path) -> None:
+    text = TAUGHT.partition("teacher:")[0]
+
+    for wish in ("target: ema", "target: exits", "target: peers", "generations: 2"):
+        assert load_recipe(write(tmp_path, f"{text}distill: {{{wish}}}\n")).teachers == ()
