@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 from edgestill.pipeline.measure.machine import describe_machine
 from edgestill.pipeline.recipe_file import load_recipe
+from edgestill.pipeline.training_spec import TrainSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("EDGESTILL_DATA", ROOT / "../shared/data")).resolve()
@@ -93,9 +94,7 @@ def cifar(work: Path) -> dict[str, Any]:
 def cifar_alone(work: Path) -> dict[str, Any]:
     """The same student without a teacher under the same schedule."""
     shipped = load_recipe("cifar10").model_dump(mode="json")
-    schedule = dict(shipped["distill"])
-    for key in ("strategy", "temperature", "soft_weight", "hard_weight", "views"):
-        schedule.pop(key)
+    schedule = {name: shipped["distill"][name] for name in TrainSpec.model_fields}
     student = {**shipped["student"], "train": schedule}
     alone = {**shipped, "teacher": None, "distill": None, "student": student}
     alone["gate"] = {"max_drop_points": 1.0}
