@@ -1,19 +1,21 @@
 """THE flow: data → teachers → soft labels → student → export → int8 → verify → latency → gate.
 
 Reads like the sentence that describes the product, and owns the order: the recipe's sections are
-wishes, not steps. What each stage reads (and so when it is recalled) is in `steps.py`.
+wishes, not steps. What each stage reads (and so when it is recalled) is in `steps.py` and
+`learning.py`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from . import record, release, steps
+from . import learning, record, release, steps
 from .gate import judge
 from .recipe import Recipe
 from .report import Report
 from .stage import Artifact, Events, Silent
 from .train.distributed import gathered
+from .work import Work, alone, begin
 from .workspace import locked
 
 
@@ -38,18 +40,18 @@ def run(
     with gathered() as world, locked(folder, world=world) as root:
         if world.leads:
             release.withdraw(folder)
-        work = steps.begin(recipe, root, events=events or Silent(), fresh=fresh, world=world)
+        work = begin(recipe, root, events=events or Silent(), fresh=fresh, world=world)
 
         data = steps.prepare_data(work)
-        steps.check_before_training(work, data)
+        learning.check_before_training(work, data)
 
-        teachers = steps.prepare_teachers(work, data)
+        teachers = learning.prepare_teachers(work, data)
         student = learn(work, data, teachers)
-        baseline = steps.train_baseline(work, data)
-        teacher = steps.reference_teacher(work, teachers, student)
+        baseline = learning.train_baseline(work, data)
+        teacher = learning.reference_teacher(work, teachers, student)
         if not world.leads:
             return None  # the others have trained their share
-        work = steps.alone(work)
+        work = alone(work)
 
         floating = steps.export_student(work, data, student)
         deployed = steps.quantize(work, data, floating) if recipe.quantize else floating
@@ -67,11 +69,11 @@ def run(
     return report
 
 
-def learn(work: steps.Work, data: Artifact, teachers: list[Artifact]) -> Artifact:
+def learn(work: Work, data: Artifact, teachers: list[Artifact]) -> Artifact:
     """The student; where it is born again, each generation is taught by the one before."""
     generations = work.recipe.distill.generations if work.recipe.distill else 1
     for generation in range(1, generations + 1):
-        labels = steps.store_labels(work, data, teachers, generation=generation)
-        student = steps.train_student(work, data, teachers, labels, generation=generation)
+        labels = learning.store_labels(work, data, teachers, generation=generation)
+        student = learning.train_student(work, data, teachers, labels, generation=generation)
         teachers = [student]
     return student

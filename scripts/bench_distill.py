@@ -25,12 +25,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 from edgestill.models.store import load_network
-from edgestill.pipeline import flow, steps
+from edgestill.pipeline import flow, learning, steps
 from edgestill.pipeline.data.dataset import open_data
 from edgestill.pipeline.measure.accuracy import accuracy, logits_of_module
 from edgestill.pipeline.measure.machine import available_threads, describe_machine
 from edgestill.pipeline.recipe import Recipe
 from edgestill.pipeline.stage import Silent
+from edgestill.pipeline.work import begin
 from edgestill.pipeline.workspace import locked
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,10 +166,10 @@ def recipe_of(name: str, student: str, train: Path, *, epochs: int, seed: int) -
 def one(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Train by the stages of the main job, then test the final weights once."""
     with locked(folder) as root:
-        work = steps.begin(recipe, root, events=Silent(), fresh=False)
+        work = begin(recipe, root, events=Silent(), fresh=False)
         data = steps.prepare_data(work)
-        steps.check_before_training(work, data)
-        teachers = steps.prepare_teachers(work, data)
+        learning.check_before_training(work, data)
+        teachers = learning.prepare_teachers(work, data)
         student = flow.learn(work, data, teachers)
     opened = open_data(data.path, memory_budget_bytes=2**31)
     training = student.measurements["training"]

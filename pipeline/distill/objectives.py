@@ -14,6 +14,7 @@ from torch import Tensor
 Temperature = float | Tensor  # a tensor is a learned one (CTKD): 0-dim, > 0, not looked at
 UNLABELLED = -1  # label of an image that has none; any label below 0 is read as this
 _EPS_STD = 1e-7  # of the published code of logit standardization
+_LEAST_SHARE = 1e-6  # keeps 0 / 0 away where no label is known
 
 
 def kd(student: Tensor, teacher: Tensor, *, temperature: Temperature) -> Tensor:
@@ -48,7 +49,8 @@ def hard_label(
 
     Smoothed targets are (1 - smoothing) · one-hot + smoothing / C (Szegedy et al. 2016, §7). For
     mixed images the loss is lam · CE(labels) + (1 - lam) · CE(partner_labels), a sample at a time
-    (Zhang et al. 2018; Yun et al. 2019).
+    (Zhang et al. 2018; Yun et al. 2019). A label < 0 is unknown: its share carries no loss and is
+    left out of the mean; a batch without any known label gives 0 and a gradient of 0.
 
     Args:
         logits: (N, C). labels, partner_labels: int64 class indices, (N,). lam: share of the
@@ -65,7 +67,7 @@ def hard_label(
         )
     logits = logits.float()
     if partner_labels is None and lam is None:
-        return _mean_over_labelled(logits, labels, torch.ones_like(logits[:, 0]), smoothing)
+        return _mean_over_labelled(logits, labels, smoothing)
     if partner_labels is None or lam is None:
         raise ValueError("hard_label: expected partner_labels and lam together, got one of them")
     if partner_labels.shape != labels.shape or lam.shape != labels.shape:
@@ -73,19 +75,29 @@ def hard_label(
             f"hard_label: expected partner_labels and lam {tuple(labels.shape)}, got "
             f"{tuple(partner_labels.shape)} and {tuple(lam.shape)}"
         )
-    both = torch.cat([logits, logits])
-    shares = torch.cat([lam, 1 - lam])
-    return _mean_over_labelled(both, torch.cat([labels, partner_labels]), shares, smoothing)
-
-
-def _mean_over_labelled(logits: Tensor, labels: Tensor, shares: Tensor, smoothing: float) -> Tensor:
-    """Σ share · CE / Σ share over the rows that have a label; 0 where there is none."""
-    labels = labels.clamp_min(UNLABELLED)
-    losses = F.cross_entropy(
-        logits, labels, label_smoothing=smoothing, reduction="none", ignore_index=UNLABELLED
+    own, other = (
+        F.cross_entropy(
+            logits,
+            each.clamp_min(UNLABELLED),
+            label_smoothing=smoothing,
+            reduction="none",
+            ignore_index=UNLABELLED,
+        )
+        for each in (labels, partner_labels)
     )
-    counted = shares * (labels != UNLABELLED)
-    return (losses * counted).sum() / counted.sum().clamp_min(1e-6)
+    knows_own, knows_other = labels >= 0, partner_labels >= 0
+    known = torch.where(knows_own, lam, 0.0) + torch.where(knows_other, 1 - lam, 0.0)
+    known = torch.where(knows_own & knows_other, 1.0, known)  # lam + (1 - lam) may round
+    return (lam * own + (1 - lam) * other).mean() / known.mean().clamp_min(_LEAST_SHARE)
+
+
+def _mean_over_labelled(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Cross-entropy, mean over the rows that have a label; 0 where there is none."""
+    some = (labels >= 0).any()
+    # a mean over no row is 0 / 0, in its gradient too: then take any class, and drop the result
+    labels = torch.where(some, labels.clamp_min(UNLABELLED), 0)
+    loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, ignore_index=UNLABELLED)
+    return torch.where(some, loss, 0.0)
 
 
 def dkd(

@@ -505,6 +505,7 @@ def test_data_stage_is_recalled_until_the_unlabelled_images_change(
     make: SimpleNamespace, photos: Path, pool: Path, tmp_path: Path
 ) -> None:
     from edgestill.pipeline import steps
+    from edgestill.pipeline.work import begin
 
     text = {
         "data": {"train": {"path": "photos"}, "test": HALF, "unlabelled": {"path": "pool"}},
@@ -516,7 +517,7 @@ def test_data_stage_is_recalled_until_the_unlabelled_images_change(
 
     def recalled(*overrides: str) -> bool:
         recipe = load_recipe(str(tmp_path / "recipe.yaml"), overrides=overrides)
-        work = steps.begin(recipe, tmp_path / "work", events=Silent(), fresh=False)
+        work = begin(recipe, tmp_path / "work", events=Silent(), fresh=False)
         return bool(steps.prepare_data(work).recalled)
 
     assert not recalled()

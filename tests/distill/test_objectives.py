@@ -188,6 +188,17 @@ def test_hard_label_of_labelled_rows_is_torchs_cross_entropy_to_the_bit(smoothin
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_hard_label_of_mixed_labelled_rows_is_torchs_to_the_bit(smoothing: float) -> None:
+    values, own = logits(59, (64, 10)), torch.arange(64) % 10
+    other, lam = own.roll(3), torch.rand(64, generator=torch.Generator().manual_seed(60))
+    each = partial(F.cross_entropy, values, label_smoothing=smoothing, reduction="none")
+
+    ours = hard_label(values, own, smoothing=smoothing, partner_labels=other, lam=lam)
+
+    assert torch.equal(ours, (lam * each(own) + (1 - lam) * each(other)).mean())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("unknown", [-1, -2, -100])
 def test_hard_label_is_the_mean_over_labelled_rows(unknown: int, smoothing: float) -> None:
     values, labels = logits(18), LABELS.clone()
@@ -226,7 +237,7 @@ def test_a_batch_without_labels_costs_nothing_and_moves_nothing(
     loss = hard_label(values, NONE_KNOWN, smoothing=smoothing, **pair)
     (moved,) = torch.autograd.grad(loss, values)
 
-    assert float(loss) == 0
+    assert loss.item() == 0
     assert torch.equal(moved, torch.zeros_like(moved))
 
 

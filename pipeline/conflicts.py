@@ -1,0 +1,178 @@
+"""What the sections of a recipe may not ask for together, and what to do instead. No torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .training_spec import TAUGHT, FeatureSpec, SoftSpec
+
+if TYPE_CHECKING:
+    from .recipe import PreprocessSpec, Recipe
+
+
+def conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
+    """(does it hold, what to say), a row a rule; each text starts with the key it is about."""
+    return [*_network_conflicts(recipe), *_distill_conflicts(recipe), *_gate_conflicts(recipe)]
+
+
+def _network_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
+    teachers, student, distill = recipe.teachers, recipe.student, recipe.distill
+    networks = [*teachers, student]
+    given = [n for n in networks if n.weights is not None]
+    is_joint = distill is not None and distill.target == "joint"
+    return [
+        (
+            recipe.teacher == (),
+            "teacher: an empty list; name a teacher, or leave the section out",
+        ),
+        (
+            any(not t.is_trained and t.train is None for t in teachers) and not is_joint,
+            "teacher: neither weights nor train is given, and an untrained teacher teaches noise; "
+            "add `weights:` or `train: {epochs: 20}`",
+        ),
+        (
+            distill is not None and student.train is not None,
+            "student.train: the student is trained by `distill`; move these options there",
+        ),
+        (
+            distill is None and student.train is None and not student.is_trained,
+            "student: it has no weights, no teacher and no `train` section, so nothing would be "
+            "learnt; add one of them",
+        ),
+        (
+            student.is_program and (student.train is not None or distill is not None),
+            "student.model: a .pt2 program cannot be trained; give FILE.py:factory, or leave out "
+            "teacher, distill and train to export it as it is",
+        ),
+        (
+            any(t.is_program and t.train is not None for t in teachers),
+            "teacher.train: a .pt2 program cannot be trained; leave `train` out",
+        ),
+        (
+            any(n.is_program and n.weights is not None for n in networks),
+            "weights: a .pt2 file holds its own weights; leave `weights` out",
+        ),
+        (
+            any(n.head == "new" and n.weights is None for n in networks),
+            "head: `new` replaces the classifier of given weights, and none are given",
+        ),
+        (
+            any(n.head == "new" and not n.train and not (n is student and distill) for n in given),
+            "head: a new classifier must be trained; add a `train` section beside it",
+        ),
+        (
+            any(n.is_trained for n in networks) and not _is_fully_given(recipe.data.preprocess),
+            "data.preprocess: weights are given, and what they were trained with is not guessed; "
+            "write preprocess with mean and std (`compress init` proposes one)",
+        ),
+    ]
+
+
+def _distill_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
+    spec, teachers = recipe.distill, recipe.teachers
+    if spec is None:
+        return [
+            (
+                recipe.data.unlabelled is not None,
+                "data.unlabelled: only a teacher can label these images; add a `teacher:` or "
+                "`distill:` section, or leave them out",
+            )
+        ]
+    terms = spec.objectives or ()
+    features = [term.name for term in terms if isinstance(term, FeatureSpec)]
+    soft = [term.name for term in terms if isinstance(term, SoftSpec)]
+    mixes = bool(spec.augment.mixup or spec.augment.cutmix)
+    is_self_taught = spec.target is not None and spec.target not in TAUGHT
+    return [
+        (
+            not teachers and not is_self_taught and spec.generations == 1,
+            "distill: there is no teacher to distil from; add a `teacher:` section, let the "
+            "student teach itself (`target: ema`, `exits` or `peers`, or `generations: 2`), or "
+            "use `student.train` to train from labels alone",
+        ),
+        (
+            spec.target == "joint" and len(teachers) != 1,
+            f"distill.target: joint trains one teacher with the student, got {len(teachers)}",
+        ),
+        (
+            bool(teachers) and spec.target in ("ema", "exits", "peers"),
+            f"distill.target: with {spec.target} the student is its own teacher; leave out "
+            "`teacher:`, or use `target: live` or `stored`",
+        ),
+        (
+            spec.target == "joint" and any(t.is_program or t.train for t in teachers),
+            "teacher: with `target: joint` it is trained together with the student; leave out "
+            "`train`, and give a network rather than a .pt2 program",
+        ),
+        (
+            is_self_taught and spec.generations > 1,
+            f"distill.generations: a generation is taught by the one before, not by {spec.target}",
+        ),
+        (
+            bool(features) and spec.target not in (None, "live"),
+            f"distill.objectives: {', '.join(features)} compares feature maps, which only a live "
+            f"teacher shows, not `target: {spec.target}`; use `target: live`",
+        ),
+        (
+            bool(features) and any(t.is_program for t in teachers),
+            f"distill.objectives: {', '.join(features)} needs the teacher's layers, and a .pt2 "
+            "program shows none; give FILE.py:factory, or use objectives over logits",
+        ),
+        (
+            any(term.of > max(1, len(teachers)) for term in terms if isinstance(term, FeatureSpec)),
+            f"distill.objectives: `of` names a teacher that is not there ({len(teachers)} given)",
+        ),
+        (
+            bool(terms) and is_self_taught and not {"hard", "kd"} <= {term.name for term in terms},
+            f"distill.objectives: `target: {spec.target}` needs `hard` and `kd`: without labels "
+            "nobody would know an answer, without kd nobody would pass it on",
+        ),
+        (
+            isinstance(spec.combine, tuple) and len(spec.combine) != len(teachers),
+            f"distill.combine: expected a weight for each of {len(teachers)} teachers, got "
+            f"{len(spec.combine) if isinstance(spec.combine, tuple) else 0}",
+        ),
+        (
+            recipe.data.unlabelled is not None and is_self_taught,
+            f"data.unlabelled: `target: {spec.target}` learns its answers from labels, which these "
+            "images do not have; give a teacher",
+        ),
+        (
+            recipe.data.unlabelled is not None and bool(terms) and not ({"kd", "dist"} & set(soft)),
+            "data.unlabelled: no objective can use images without labels; add `kd` or `dist`",
+        ),
+        (
+            "dkd" in soft and (recipe.data.unlabelled is not None or mixes),
+            "distill.objectives: dkd needs one true class for each image, which unlabelled and "
+            "mixed images do not have; use kd",
+        ),
+        (
+            spec.confidence_floor is not None and recipe.data.unlabelled is None,
+            "distill.confidence_floor: it chooses among unlabelled images, and there are none; "
+            "add `data.unlabelled`",
+        ),
+        (
+            spec.confidence_floor is not None and (bool(features) or spec.target == "live"),
+            "distill.confidence_floor: it is measured on stored labels; use `target: stored`",
+        ),
+    ]
+
+
+def _gate_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
+    gate = recipe.gate
+    return [
+        (
+            gate.max_quantization_drop_points is not None and recipe.quantize is None,
+            "gate.max_quantization_drop_points: nothing is quantized, so it would never be "
+            "measured; add a `quantize:` section or remove the limit",
+        ),
+        (
+            gate.min_speedup is not None and recipe.profile is None,
+            "gate.min_speedup: `profile` is null, so latency would never be measured; remove "
+            "`profile: null` or the limit",
+        ),
+    ]
+
+
+def _is_fully_given(preprocess: PreprocessSpec | None) -> bool:
+    return preprocess is not None and preprocess.mean is not None and preprocess.std is not None

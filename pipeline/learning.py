@@ -1,0 +1,230 @@
+"""The stages that learn: teachers, their soft labels, the student and what it is compared with.
+
+As in `steps.py`, each names what it reads, so that it is recalled exactly when nothing it reads
+has changed, and hands its work to `distill/`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from ..models.source import open_network
+from ..models.weights import load_weights, read_state
+from .data.dataset import Data
+from .distill.label_store import network_sha256
+from .distill.labels import store_labels as store
+from .distill.strategy import Plan, choose
+from .distill.student import JOINT_TEACHER, Lessons, check_lessons
+from .distill.student import train_student as train
+from .distill.teacher import prepare_teacher as teach
+from .gate import provable_drop
+from .recipe import NetworkSpec, Recipe, TeacherSpec
+from .stage import Artifact
+from .training_spec import DistillSpec, TrainSpec
+from .work import Work, memory_budget, network_reads, numbered, open_sets, run_stage
+from .workspace import file_sha256
+
+
+def check_before_training(work: Work, data: Artifact) -> None:
+    """Everything that can be known to fail later is said now; so is what the test set can prove."""
+    opened = open_sets(work, data)
+    teachers = {numbered("teacher", i): spec for i, spec in enumerate(work.recipe.teachers)}
+    modules = {}
+    for name, spec in {**teachers, "student": work.recipe.student}.items():
+        modules[name], work.origins[name] = _check_network(spec, opened, where=name)
+    if work.recipe.distill is not None:
+        student = modules.pop("student")
+        by = list(modules.values()) or [student]  # its own former generation
+        check_lessons(_plan(work), student, by, input_shape=opened.input_shape)
+    gate, n = work.recipe.gate, len(opened.test.labels)
+    if gate.max_drop_points is not None:
+        perfect, usual = (
+            100 * provable_drop(n, flips=flips, confidence=gate.confidence) for flips in (0.0, 0.04)
+        )
+        text = (
+            f"{n} test samples can prove a drop of at most {perfect:.2f} points for a model that "
+            f"answers as its reference does, {usual:.2f} where 4 % of the answers differ "
+            f"(limit {gate.max_drop_points:g}, confidence {gate.confidence:g})"
+        )
+        if perfect > gate.max_drop_points:
+            text += ": too few samples for this limit, so the gate cannot pass"
+        work.notes.append(text)
+        work.workspace.events.note(text)
+
+
+def prepare_teachers(work: Work, data: Artifact) -> list[Artifact]:
+    """Each teacher of the recipe, trained or given; none where it is trained with the student."""
+    if _joint(work.recipe) is not None:
+        return []
+    return [
+        _prepare_teacher(work, data, numbered("teacher", index), spec)
+        for index, spec in enumerate(work.recipe.teachers)
+    ]
+
+
+def _prepare_teacher(work: Work, data: Artifact, name: str, spec: TeacherSpec) -> Artifact:
+    return run_stage(
+        work,
+        name,
+        lambda context: teach(
+            spec, data.path, context=context, memory_budget_bytes=memory_budget(work)
+        ),
+        reads=network_reads(work, name, spec, data),
+        together=True,
+    )
+
+
+def store_labels(
+    work: Work, data: Artifact, teachers: Sequence[Artifact], *, generation: int
+) -> list[Artifact]:
+    """The soft labels of each teacher, where the student learns from stored ones."""
+    if not teachers or _plan(work).target != "stored":
+        return []
+    spec = _distill(work)
+    name = "labels" if generation == 1 else f"labels-generation-{generation}"
+    return [
+        _store_labels(work, data, numbered(name, index), teacher, spec)
+        for index, teacher in enumerate(teachers)
+    ]
+
+
+def _store_labels(
+    work: Work, data: Artifact, name: str, teacher: Artifact, spec: DistillSpec
+) -> Artifact:
+    return run_stage(
+        work,
+        name,
+        lambda context: store(
+            spec, teacher.path, data.path, context=context, memory_budget_bytes=memory_budget(work)
+        ),
+        reads={
+            "views": spec.views,
+            "precision": spec.precision,
+            "augment": spec.augment.model_dump(mode="json"),
+            "inputs": [data.sha256, teacher.sha256],
+        },
+        together=True,
+    )
+
+
+def train_student(
+    work: Work,
+    data: Artifact,
+    teachers: Sequence[Artifact],
+    labels: Sequence[Artifact],
+    *,
+    generation: int,
+) -> Artifact:
+    """The student, or the generation of it that comes next.
+
+    The first generation of a recipe without a teacher learns from the labels alone.
+    """
+    spec, distill = work.recipe.student, work.recipe.distill
+    is_last = distill is None or generation == distill.generations
+    lessons = None
+    if distill is not None:
+        plan = choose(distill)
+        if teachers or plan.target not in ("stored", "live"):
+            lessons = Lessons(
+                distill,
+                plan,
+                stores=tuple(one.path for one in labels),
+                teachers=tuple(one.path for one in teachers),
+                joint=_joint(work.recipe),
+                generation=generation,
+            )
+        else:
+            spec = spec.model_copy(update={"train": _without_teacher(distill)})
+    return run_stage(
+        work,
+        "student" if is_last else f"generation-{generation}",
+        lambda context: train(
+            spec, lessons, data.path, context=context, memory_budget_bytes=memory_budget(work)
+        ),
+        reads=network_reads(work, "student", spec, data)
+        | {
+            "distill": None if lessons is None else lessons.spec.model_dump(mode="json"),
+            "labels": [one.sha256 for one in labels],
+            "teachers": [one.sha256 for one in teachers],
+            "joint": work.origins.get("teacher") if _joint(work.recipe) else None,
+            "generation": generation,
+        },
+        together=True,
+    )
+
+
+def train_baseline(work: Work, data: Artifact) -> Artifact | None:
+    """The same student under the same schedule without a teacher, where the recipe asks for it."""
+    distill = work.recipe.distill
+    if distill is None or not distill.baseline:
+        return None
+    spec = work.recipe.student.model_copy(update={"train": _without_teacher(distill)})
+    return run_stage(
+        work,
+        "baseline",
+        lambda context: train(
+            spec, None, data.path, context=context, memory_budget_bytes=memory_budget(work)
+        ),
+        reads=network_reads(work, "student", spec, data),
+        together=True,
+    )
+
+
+def reference_teacher(
+    work: Work, teachers: Sequence[Artifact], student: Artifact
+) -> Artifact | None:
+    """The teacher that the student is held against: the first, or the one trained beside it."""
+    if _joint(work.recipe) is None:
+        return teachers[0] if teachers else None
+    folder = student.path / JOINT_TEACHER
+    return dataclasses.replace(
+        student, stage="teacher", path=folder, sha256=network_sha256(folder), notes=()
+    )
+
+
+def _check_network(spec: NetworkSpec, data: Data, *, where: str) -> tuple[nn.Module, str]:
+    """Build it, load its weights, run it once; with the hash of all it is made of."""
+    network = open_network(
+        spec.model,
+        args=spec.args,
+        classes=len(data.class_names),
+        input_shape=data.input_shape,
+        seed=0,
+    )
+    digest = hashlib.sha256()
+    if spec.weights is not None:
+        path = Path(spec.weights)
+        load_weights(network.module, read_state(path), head=spec.head, where=where)
+        digest.update(file_sha256(path).encode())
+    for source in network.sources:
+        digest.update(f"{source.name} {file_sha256(source)}\n".encode())
+    if spec.is_program:
+        digest.update(file_sha256(Path(spec.model)).encode())
+    return network.module, digest.hexdigest()
+
+
+def _plan(work: Work) -> Plan:
+    return choose(_distill(work))
+
+
+def _distill(work: Work) -> DistillSpec:
+    assert work.recipe.distill is not None
+    return work.recipe.distill
+
+
+def _joint(recipe: Recipe) -> TeacherSpec | None:
+    """The teacher that is trained together with the student, if the recipe asks for that."""
+    is_joint = recipe.distill is not None and recipe.distill.target == "joint"
+    return recipe.teachers[0] if is_joint else None
+
+
+def _without_teacher(distill: DistillSpec) -> TrainSpec:
+    """The schedule alone."""
+    return TrainSpec.model_validate(
+        {name: getattr(distill, name) for name in TrainSpec.model_fields}
+    )
