@@ -110,7 +110,7 @@ def ours(
     data = Data(train, some(test, 256), test, np.arange(8), tuple("abcdefghij"), PREPROCESS,
                 (3, 32, 32), {})  # fmt: skip
     views = [labelled(teacher, data, spec, view, real=steps is None) for view in range(2)]
-    store = LabelStore({}, tuple(views), np.zeros((256, 10), np.float32))
+    store = LabelStore({}, len(views), views.__getitem__, np.zeros((256, 10), np.float32))
     student = network("resnet20")
     with tempfile.TemporaryDirectory() as scratch:
         context = Context(0, threads, "cpu", Path(scratch), Silent())

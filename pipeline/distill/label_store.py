@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,26 +48,32 @@ AGREEMENT = 0.99  # least fraction of them with the same answer
 TOLERANCE = {"fp32": 2.0**-9, "bf16": 2.0**-5}
 
 
-@dataclass(frozen=True)
+@dataclass
 class LabelStore:
-    """An opened store.
+    """An opened store. One view is mapped at a time, so memory does not grow with their number.
 
     Attributes:
-        arrays: memory-mapped, (N, C) float16, one a view.
+        views: how many there are.
+        open_view: view number → (N, C) float16.
         validation: (M, C) float32, logits of the validation set.
     """
 
     header: Mapping[str, Any]
-    arrays: tuple[Array, ...]
+    views: int
+    open_view: Callable[[int], Array]
     validation: Array
+    _current: tuple[int, Array] | None = None
 
-    @property
-    def views(self) -> int:
-        return len(self.arrays)
+    def view(self, number: int) -> Array:
+        """All rows of one view. The one before is let go."""
+        if self._current is None or self._current[0] != number:
+            self._current = None
+            self._current = number, self.open_view(number)
+        return self._current[1]
 
     def rows(self, indices: Tensor, *, view: int) -> Tensor:
         """Teacher logits of sample positions (B,) in one view: (B, C) float32, on the CPU."""
-        return torch.from_numpy(self.arrays[view][indices.cpu().numpy()]).float()
+        return torch.from_numpy(self.view(view)[indices.cpu().numpy()]).float()
 
 
 def describe(
@@ -110,11 +116,35 @@ def open_labels(folder: Path, *, expected: Mapping[str, Any]) -> LabelStore:
                 f"{path}: these stored labels are stale: {name}: expected {_short(value)}, got "
                 f"{_short(header.get(name))}; run with --fresh to label again"
             )
-    return LabelStore(header, open_arrays(folder, header), open_array(folder / VALIDATION))
+    return open_store(folder, header, validation=open_array(folder / VALIDATION))
+
+
+def open_store(folder: Path, header: Mapping[str, Any], *, validation: Array) -> LabelStore:
+    """The views in `folder`, each of which must be there and of the header's shape.
+
+    Raises:
+        IntegrityError: one is not.
+    """
+    shape = (header["rows"], len(header["class_names"]))
+
+    def open_view(number: int) -> Array:
+        path = folder / view_name(number)
+        array = open_array(path)
+        if array.shape != shape or array.dtype != np.float16:
+            raise IntegrityError(
+                f"{path}: expected float16 {shape}, got {array.dtype} {array.shape}; run with "
+                "--fresh to label again"
+            )
+        return array
+
+    store = LabelStore(header, header["views"], open_view, validation)
+    for number in range(store.views):
+        store.view(number)
+    return store
 
 
 def compare_live(
-    arrays: Sequence[Array],
+    store: LabelStore,
     network: Network,
     views: Views,
     *,
@@ -128,14 +158,14 @@ def compare_live(
     Raises:
         IntegrityError: answers differ on more than 1 %, or a logit by more than its rounding.
     """
-    rows, agree, worst, largest = len(arrays[0]), 0, 0.0, 0.0
+    rows, agree, worst, largest = int(store.header["rows"]), 0, 0.0, 0.0
     chosen = np.unique(np.linspace(0, rows - 1, min(CHECKED, rows)).astype(np.int64))
-    for view, array in enumerate(arrays):
-        indices = torch.from_numpy(chosen[view :: len(arrays)].copy())
+    for view in range(store.views):
+        indices = torch.from_numpy(chosen[view :: store.views].copy())
         if len(indices) == 0:
             continue
         live = forward(network, views, indices, view=view, precision=precision, context=context)
-        stored = torch.from_numpy(array[indices.numpy()]).float()
+        stored = store.rows(indices, view=view)
         limit = TOLERANCE[precision.name] * float(live.abs().max())
         worst = max(worst, float((live - stored).abs().max()))
         largest = max(largest, float(live.abs().max()))
@@ -180,22 +210,6 @@ def forward(
     with torch.inference_mode(), precision.autocast(context.device):
         logits = run_module(network.module, batch.inputs, fixed_batch=network.fixed_batch)
     return logits.float().cpu()
-
-
-def open_arrays(folder: Path, header: Mapping[str, Any]) -> tuple[Array, ...]:
-    """The stored views, memory-mapped."""
-    shape = (header["rows"], len(header["class_names"]))
-    arrays = []
-    for view in range(header["views"]):
-        path = folder / view_name(view)
-        array = open_array(path)
-        if array.shape != shape or array.dtype != np.float16:
-            raise IntegrityError(
-                f"{path}: expected float16 {shape}, got {array.dtype} {array.shape}; run with "
-                "--fresh to label again"
-            )
-        arrays.append(array)
-    return tuple(arrays)
 
 
 def open_array(path: Path) -> Array:

@@ -44,7 +44,7 @@ from .label_store import (
     describe,
     forward,
     network_sha256,
-    open_arrays,
+    open_store,
     view_name,
 )
 from .objectives import kd
@@ -94,22 +94,24 @@ def store_labels(
         seconds = time.perf_counter() - start
         if not context.world.leads:
             return {}
-        arrays = open_arrays(context.resume, header)
-        live = compare_live(arrays, network, views, precision=precision, context=context)
-        np.save(context.scratch / VALIDATION, _validation_logits(network, data, context=context))
+        validation = _validation_logits(network, data, context=context)
+        store = open_store(context.resume, header, validation=validation)
+        live = compare_live(store, network, views, precision=precision, context=context)
     if digest(tensors_of(module)) != before:
         raise ModelError(
             f"teacher: {type(module).__name__} changed its own weights or buffers in eval mode; "
             "expected a teacher that stays as it is while it labels"
         )
-    hits = [_accuracy(array, images.labels) for array in arrays]
+    hits = [_accuracy(store.view(number), images.labels) for number in range(spec.views)]
+    size = spec.views * store.view(0).nbytes
+    np.save(context.scratch / VALIDATION, validation)
     _publish(context, header, ids=images.ids)
     made = (spec.views - kept) * len(images.labels)
     return {
         "views": spec.views,
         "resumed_views": kept,
         "rows": len(images.labels),
-        "bytes": sum(array.nbytes for array in arrays),
+        "bytes": size,
         "precision": asdict(precision),
         "bf16_against_fp32": doubt,
         "images_per_second": made / seconds if made else None,

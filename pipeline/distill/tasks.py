@@ -366,8 +366,8 @@ def _rows(images: ImageSet, spec: DistillSpec, stores: Sequence[LabelStore]) -> 
         return everything
     confidence = np.zeros(len(images.labels))
     for store in stores:
-        for array in store.arrays:
-            logits = torch.from_numpy(np.array(array)).float()
+        for number in range(store.views):
+            logits = torch.from_numpy(np.array(store.view(number))).float()
             confidence += logits.softmax(1).amax(1).double().numpy()
     confidence /= sum(store.views for store in stores)
     return everything[
