@@ -105,6 +105,11 @@ def _distill_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
             "`train`, and give a network rather than a .pt2 program",
         ),
         (
+            spec.target == "joint" and any(t.min_accuracy is not None for t in teachers),
+            "teacher.min_accuracy: with `target: joint` it teaches while it learns, and is never "
+            "measured before; leave it out",
+        ),
+        (
             is_self_taught and spec.generations > 1,
             f"distill.generations: a generation is taught by the one before, not by {spec.target}",
         ),

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...models.source import Network
 from ...models.store import load_network
 from ..data.dataset import Data, open_data
 from ..errors import IntegrityError, ModelError
+from ..measure.accuracy import run_module
 from ..recipe import NetworkSpec, StudentSpec
 from ..stage import Context
 from ..train.average import tensors_of
@@ -217,8 +218,24 @@ def _stores(lessons: Lessons, data: Data, *, seed: int) -> list[LabelStore]:
 
 def _live(folder: Path, context: Context) -> nn.Module:
     """A teacher that only answers: on the device, in eval mode, without gradients."""
-    module = load_network(folder).network.module
-    return module.to(context.device).eval().requires_grad_(False)
+    network = load_network(folder).network
+    module = network.module.to(context.device).requires_grad_(False)
+    for part in module.modules():  # not eval(), which captured programs refuse
+        part.training = False
+    fixed = network.fixed_batch
+    return module if fixed is None else _InBatches(module, fixed)
+
+
+class _InBatches(nn.Module):
+    """A program that was captured with one batch size, for batches of any."""
+
+    def __init__(self, module: nn.Module, size: int) -> None:
+        super().__init__()
+        self.module, self.size = module, size
+        self.training = False
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return run_module(self.module, inputs, fixed_batch=self.size)
 
 
 def _keep_joint(
