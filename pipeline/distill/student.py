@@ -38,17 +38,9 @@ from .networks import (
     save,
     training_record,
 )
+from .self_taught import among_peers, averaged, beside_teacher, exit_stages, with_exits
 from .strategy import Plan
-from .tasks import (
-    Course,
-    among_peers,
-    averaged,
-    beside_teacher,
-    exit_stages,
-    supervised,
-    taught,
-    with_exits,
-)
+from .tasks import Course, supervised, taught
 from .teacher import check_class_order
 
 JOINT_TEACHER = "teacher"  # folder of the teacher that was trained together with the student

@@ -1,13 +1,12 @@
 """What an image classifier is trained on: true labels, or the answers of a target beside them.
 
-Joins data (views), targets and objectives into the `Task` that `train/loop.py` runs. A target is
-stored logits, live teachers, the average of the student, its deepest exit, or peers; the
-objectives are the same for all of them (`terms.py`).
+Joins data (views), targets and objectives into the `Task` that `train/loop.py` runs. Here the
+target is stored logits or live teachers; a student that teaches itself, or learns with others, is
+in `self_taught.py`. The objectives are the same for all of them (`terms.py`).
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,19 +18,17 @@ from torch import Tensor, nn
 
 from ..data.augment import ViewBatch, Views
 from ..data.dataset import Data, ImageSet, with_unlabelled
-from ..errors import RecipeError
 from ..measure.accuracy import accuracy, logits_of_module
 from ..stage import Context
 from ..train.loop import Task
 from ..training_spec import AugmentSpec, DistillSpec, TrainSpec
 from .balance import Balance
-from .exits import Exit
 from .joints import join
 from .label_store import LabelStore
 from .learner import Learner
 from .objectives import ensemble
 from .strategy import Plan
-from .taps import Tapped, feature_shapes, stage_ends
+from .taps import Tapped
 from .terms import Scene, factors_of, hard_term, temperature_part, terms_of
 
 Array = np.ndarray[Any, Any]
@@ -121,10 +118,10 @@ def taught(
             targets = torch.stack([answer.float() for answer, _ in answers])
             shown = [maps for _, maps in answers]
         picked = joints.pick(features, shown)
-        scene = Scene(spec, lesson.batch, lesson.epoch, logits, targets, picked, _parts(module))
+        scene = Scene(spec, lesson.batch, lesson.epoch, logits, targets, picked, parts_of(module))
         return terms_of(plan.objectives, scene)
 
-    task = _task(
+    task = learner_task(
         learner,
         data,
         plan,
@@ -139,148 +136,7 @@ def taught(
     return Course(learner, task, unlabelled=used)
 
 
-def averaged(
-    student: nn.Module, data: Data, plan: Plan, spec: DistillSpec, *, context: Context
-) -> Course:
-    """Learn from the exponential moving average of oneself (Tarvainen & Valpola 2017)."""
-    parts = temperature_part(plan.objectives)
-    learner = Learner(student, parts=parts, frozen=copy.deepcopy(student))
-
-    def terms(module: nn.Module, lesson: Lesson) -> Terms:
-        assert isinstance(module, Learner)
-        assert module.frozen is not None
-        logits, _ = module.see(lesson.batch.inputs)
-        with torch.no_grad():
-            target = module.frozen(lesson.batch.inputs).float()
-        scene = Scene(spec, lesson.batch, lesson.epoch, logits, target[None], {}, _parts(module))
-        return terms_of(plan.objectives, scene)
-
-    @torch.no_grad()
-    def follow(module: nn.Module, step: int) -> None:
-        assert isinstance(module, Learner)
-        assert module.frozen is not None
-        weight = 1 - min(spec.target_decay, (1 + step) / (10 + step))
-        live = module.network.state_dict()
-        for name, shadow in module.frozen.state_dict().items():
-            if shadow.is_floating_point():
-                shadow.lerp_(live[name], weight)
-            else:
-                shadow.copy_(live[name])
-
-    task = _task(learner, data, plan, spec, terms=terms, after_step=follow, context=context)
-    return Course(learner, task)
-
-
-def with_exits(
-    student: nn.Module, data: Data, plan: Plan, spec: DistillSpec, *, context: Context
-) -> Course:
-    """The deepest exit teaches exits at the shallower stages (BYOT); they are dropped at the end.
-
-    Terms: `hard` of the network itself; `exit1.hard`, `exit1.kd`, … of its exits, shallow → deep.
-    """
-    *shallow, deepest = exit_stages(student, data.input_shape)
-    tapped = Tapped(student, (*shallow, deepest))
-    shapes = feature_shapes(tapped, data.input_shape)
-    tapped.close()
-    exits = [Exit(shape, shapes[-1], len(data.class_names)) for shape in shapes[:-1]]
-    parts = {"exits": nn.ModuleList(exits), **temperature_part(plan.objectives)}
-    learner = Learner(student, taps=shallow, parts=parts)
-    names = [f"exit{number + 1}." for number in range(len(exits))]
-
-    def terms(module: nn.Module, lesson: Lesson) -> Terms:
-        assert isinstance(module, Learner)
-        logits, features = module.see(lesson.batch.inputs)
-        found = {"hard": hard_term(logits, lesson.batch, smoothing=spec.label_smoothing)}
-        heads: Any = module.parts["exits"]
-        target = logits.detach().float()[None]
-        for name, head, feature in zip(names, heads, features, strict=True):
-            own = Scene(spec, lesson.batch, lesson.epoch, head(feature), target, {}, _parts(module))
-            found |= _prefixed(name, terms_of(plan.objectives, own))
-        return found
-
-    task = _task(learner, data, plan, spec, terms=terms, groups=names, alone=("",), context=context)
-    return Course(learner, task)
-
-
-def exit_stages(student: nn.Module, input_shape: tuple[int, int, int]) -> tuple[str, ...]:
-    """The stages that get an exit, and the last, which teaches them.
-
-    Raises:
-        RecipeError: the network has only one.
-    """
-    stages = stage_ends(student, input_shape)
-    if len(stages) < 2:
-        raise RecipeError(
-            f"distill.target: exits needs a network of several resolution stages; "
-            f"{type(student).__name__} has only {stages[0]}"
-        )
-    return stages
-
-
-def among_peers(
-    student: nn.Module,
-    peers: Sequence[nn.Module],
-    data: Data,
-    plan: Plan,
-    spec: DistillSpec,
-    *,
-    context: Context,
-) -> Course:
-    """Students that learn together, each from the labels and all others (DML, Zhang et al. 2018).
-
-    Each peer's target is the mixture of the others. Terms: `hard`, `kd` of the student that ships,
-    `peer1.hard`, … of the others.
-    """
-    learner = Learner(student, parts=temperature_part(plan.objectives), peers=peers)
-    names = ["", *(f"peer{number + 1}." for number in range(len(peers)))]
-
-    def terms(module: nn.Module, lesson: Lesson) -> Terms:
-        assert isinstance(module, Learner)
-        nets = [module.student, *module.peers]
-        answers = [net(lesson.batch.inputs) for net in nets]
-        detached = torch.stack([answer.detach().float() for answer in answers])
-        found: Terms = {}
-        for index, (name, logits) in enumerate(zip(names, answers, strict=True)):
-            others = torch.cat([detached[:index], detached[index + 1 :]])
-            scene = Scene(spec, lesson.batch, lesson.epoch, logits, others, {}, _parts(module))
-            found |= _prefixed(name, terms_of(plan.objectives, scene))
-        return found
-
-    task = _task(learner, data, plan, spec, terms=terms, groups=names, context=context)
-    return Course(learner, task)
-
-
-def beside_teacher(
-    student: nn.Module,
-    teacher: nn.Module,
-    data: Data,
-    plan: Plan,
-    spec: DistillSpec,
-    *,
-    context: Context,
-) -> Course:
-    """Teacher and student trained together, end to end: the teacher learns from the labels, the
-    student from them and from what the teacher answers at that moment. Term `teacher.hard` is the
-    teacher's.
-    """
-    learner = Learner(student, parts=temperature_part(plan.objectives), peers=[teacher])
-
-    def terms(module: nn.Module, lesson: Lesson) -> Terms:
-        assert isinstance(module, Learner)
-        logits, _ = module.see(lesson.batch.inputs)
-        answer = module.peers[0](lesson.batch.inputs)
-        target = answer.detach().float()[None]
-        scene = Scene(spec, lesson.batch, lesson.epoch, logits, target, {}, _parts(module))
-        hard = hard_term(answer, lesson.batch, smoothing=spec.label_smoothing)
-        return {**terms_of(plan.objectives, scene), "teacher.hard": hard}
-
-    task = _task(
-        learner, data, plan, spec, terms=terms, groups=[""], alone=("teacher.",), context=context
-    )
-    return Course(learner, task)
-
-
-def _task(
+def learner_task(
     learner: Learner,
     data: Data,
     plan: Plan,
@@ -348,12 +204,8 @@ def _network_of(module: nn.Module) -> nn.Module:
     return module.network
 
 
-def _parts(module: Learner) -> Mapping[str, nn.Module]:
+def parts_of(module: Learner) -> Mapping[str, nn.Module]:
     return module.parts  # type: ignore[return-value]  # a ModuleDict is read as a mapping
-
-
-def _prefixed(prefix: str, terms: Terms) -> Terms:
-    return {f"{prefix}{name}": value for name, value in terms.items()}
 
 
 def _rows(images: ImageSet, spec: DistillSpec, stores: Sequence[LabelStore]) -> Tensor:
