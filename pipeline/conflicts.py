@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .strategy import choose
 from .training_spec import TAUGHT, FeatureSpec, SoftSpec
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ def _distill_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
                 "`distill:` section, or leave them out",
             )
         ]
-    terms = spec.objectives or ()
+    plan = choose(spec)  # a term of weight 0 is none, and `quality` compares features too
+    terms = plan.objectives
     features = [term.name for term in terms if isinstance(term, FeatureSpec)]
     soft = [term.name for term in terms if isinstance(term, SoftSpec)]
     mixes = bool(spec.augment.mixup or spec.augment.cutmix)
@@ -114,9 +116,9 @@ def _distill_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
             f"distill.generations: a generation is taught by the one before, not by {spec.target}",
         ),
         (
-            bool(features) and spec.target not in (None, "live"),
+            bool(features) and plan.target != "live",
             f"distill.objectives: {', '.join(features)} compares feature maps, which only a live "
-            f"teacher shows, not `target: {spec.target}`; use `target: live`",
+            f"teacher shows, not `target: {plan.target}`; use `target: live`",
         ),
         (
             bool(features) and any(t.is_program for t in teachers),
@@ -128,7 +130,12 @@ def _distill_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
             f"distill.objectives: `of` names a teacher that is not there ({len(teachers)} given)",
         ),
         (
-            bool(terms) and is_self_taught and not {"hard", "kd"} <= {term.name for term in terms},
+            spec.generations > 1 and any(t.of > 1 for t in terms if isinstance(t, FeatureSpec)),
+            "distill.objectives: `of` names one of several teachers, and from the second of "
+            f"{spec.generations} generations on there is one, the generation before; leave it out",
+        ),
+        (
+            is_self_taught and not {"hard", "kd"} <= {term.name for term in terms},
             f"distill.objectives: `target: {spec.target}` needs `hard` and `kd`: without labels "
             "nobody would know an answer, without kd nobody would pass it on",
         ),
@@ -143,7 +150,7 @@ def _distill_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
             "images do not have; give a teacher",
         ),
         (
-            recipe.data.unlabelled is not None and bool(terms) and not ({"kd", "dist"} & set(soft)),
+            recipe.data.unlabelled is not None and not ({"kd", "dist"} & set(soft)),
             "data.unlabelled: no objective can use images without labels; add `kd` or `dist`",
         ),
         (
@@ -157,7 +164,7 @@ def _distill_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
             "add `data.unlabelled`",
         ),
         (
-            spec.confidence_floor is not None and (bool(features) or spec.target == "live"),
+            spec.confidence_floor is not None and plan.target == "live",
             "distill.confidence_floor: it is measured on stored labels; use `target: stored`",
         ),
     ]

@@ -18,13 +18,13 @@ from ..models.weights import load_weights, read_state
 from .data.dataset import Data
 from .distill.label_store import network_sha256
 from .distill.labels import store_labels as store
-from .distill.strategy import Plan, choose
 from .distill.student import JOINT_TEACHER, Lessons, check_lessons
 from .distill.student import train_student as train
 from .distill.teacher import prepare_teacher as teach
 from .gate import provable_drop
 from .recipe import NetworkSpec, Recipe, TeacherSpec
 from .stage import Artifact
+from .strategy import Plan, choose
 from .training_spec import DistillSpec, TrainSpec
 from .work import Work, memory_budget, network_reads, numbered, open_sets, run_stage
 from .workspace import file_sha256

@@ -245,7 +245,7 @@ def _in_document(loc: Location, data: Any) -> Location:
     return tuple(kept)
 
 
-_TAGS = ("source", "split", "number", "one", "many")
+_TAGS = ("source", "split", "number", "word", "one", "many")
 
 
 def _where(location: Location, document: Document) -> str:

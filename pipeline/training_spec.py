@@ -2,7 +2,7 @@
 
 An objective is one term of the loss, named in the recipe with its weight; a target is who answers
 for it (stored labels, a live teacher, the network itself, peers). Any objective over logits goes
-with any target, one teacher or several, labelled images or not; `distill/strategy.py` fills in
+with any target, one teacher or several, labelled images or not; `strategy.py` fills in
 what the recipe leaves open.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from .spec import Fraction, NotNegative, Positive, Size, Spec
 
@@ -79,10 +79,17 @@ class HardSpec(ObjectiveSpec):
     name: Literal["hard"] = "hard"
 
 
+def _word_or_number(value: object) -> str:
+    return "word" if isinstance(value, str) else "number"
+
+
 class SoftSpec(ObjectiveSpec):
     """Base of the objectives that compare the student's logits with the target's."""
 
-    temperature: Positive | Literal["curriculum"] = 4.0  # curriculum: CTKD, learned against
+    temperature: Annotated[  # curriculum: CTKD, learned against
+        Annotated[Positive, Tag("number")] | Annotated[Literal["curriculum"], Tag("word")],
+        Discriminator(_word_or_number),
+    ] = 4.0
     standardize: bool = False  # z-scored logits (Sun et al. 2024); temperature is then around 2
 
 
@@ -162,13 +169,21 @@ def objective_names() -> list[str]:
     return [kind.model_fields["name"].default for kind in kinds]
 
 
+def _word_or_many(value: object) -> str:
+    return "many" if isinstance(value, list | tuple) else "word"
+
+
 class DistillSpec(TrainSpec):
     """Training against a teacher, oneself or peers. What is left open, `strategy` fills in."""
 
     strategy: Literal["auto", "fast", "quality"] = "auto"
     objectives: tuple[Objective, ...] | None = None
     target: Target | None = None  # None: stored, or live where a feature is compared
-    combine: Literal["mean", "confidence"] | tuple[NotNegative, ...] = "mean"  # several teachers
+    combine: Annotated[  # several teachers; a list: a weight for each
+        Annotated[Literal["mean", "confidence"], Tag("word")]
+        | Annotated[tuple[NotNegative, ...], Tag("many")],
+        Discriminator(_word_or_many),
+    ] = "mean"
     views: Size = 8  # augmented views of the training set that a teacher labels
     generations: Size = 1  # born-again: each is taught by the one before
     peers: Annotated[int, Field(ge=2)] = 2  # `peers`: students that learn together

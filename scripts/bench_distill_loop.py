@@ -30,12 +30,12 @@ from edgestill.models.source import open_network
 from edgestill.models.weights import load_weights, read_state
 from edgestill.pipeline.data.dataset import Data, ImageSet
 from edgestill.pipeline.distill.label_store import LabelStore
-from edgestill.pipeline.distill.strategy import choose
 from edgestill.pipeline.distill.tasks import taught
 from edgestill.pipeline.measure.accuracy import accuracy, logits_of_module
 from edgestill.pipeline.measure.machine import available_threads
 from edgestill.pipeline.recipe import PreprocessSpec
 from edgestill.pipeline.stage import Context, Silent
+from edgestill.pipeline.strategy import choose
 from edgestill.pipeline.train.loop import fit
 from edgestill.pipeline.training_spec import AugmentSpec, DistillSpec
 from PIL import Image

@@ -32,6 +32,8 @@ class Balance(nn.Module):
         values = torch.stack([terms[name].detach().float() for name in self.names])
         started = self.means.sum() > 0
         self.means.copy_(torch.where(started, DECAY * self.means + (1 - DECAY) * values, values))
-        smallest = self.means[0] / LARGEST
-        scales = self.means[0] / torch.maximum(self.means, smallest.clamp_min(1e-12))
-        return dict(zip(self.names, scales.clamp_max(LARGEST).unbind(), strict=True))
+        first = self.means[0]
+        scales = first / torch.maximum(self.means, (first / LARGEST).clamp_min(1e-12))
+        # a first term of 0 (no label in the batch yet) is no measure: leave the weights as they are
+        scales = torch.where(first > 0, scales, torch.ones_like(scales))
+        return dict(zip(self.names, scales.unbind(), strict=True))

@@ -14,10 +14,10 @@ from torch import nn
 from ..data.dataset import Data
 from ..errors import RecipeError
 from ..stage import Context
+from ..strategy import Plan
 from ..training_spec import DistillSpec
 from .exits import Exit
 from .learner import Learner
-from .strategy import Plan
 from .taps import Tapped, feature_shapes, stage_ends
 from .tasks import Course, Lesson, Terms, learner_task, parts_of
 from .terms import Scene, hard_term, temperature_part, terms_of

@@ -22,6 +22,7 @@ from ..errors import IntegrityError, ModelError
 from ..measure.accuracy import run_module
 from ..recipe import NetworkSpec, StudentSpec
 from ..stage import Context
+from ..strategy import Plan
 from ..train.average import tensors_of
 from ..train.checkpoint import digest
 from ..train.loop import FitResult, fit
@@ -39,7 +40,6 @@ from .networks import (
     training_record,
 )
 from .self_taught import among_peers, averaged, beside_teacher, exit_stages, with_exits
-from .strategy import Plan
 from .tasks import Course, supervised, taught
 from .teacher import check_class_order
 

@@ -20,6 +20,7 @@ from ..data.augment import ViewBatch, Views
 from ..data.dataset import Data, ImageSet, with_unlabelled
 from ..measure.accuracy import accuracy, logits_of_module
 from ..stage import Context
+from ..strategy import Plan
 from ..train.loop import Task
 from ..training_spec import AugmentSpec, DistillSpec, TrainSpec
 from .balance import Balance
@@ -27,9 +28,15 @@ from .joints import join
 from .label_store import LabelStore
 from .learner import Learner
 from .objectives import ensemble
-from .strategy import Plan
 from .taps import Tapped
-from .terms import Scene, factors_of, hard_term, temperature_part, terms_of
+from .terms import (
+    Scene,
+    factors_of,
+    hard_term,
+    teacher_weights,
+    temperature_part,
+    terms_of,
+)
 
 Array = np.ndarray[Any, Any]
 Terms = dict[str, Tensor]
@@ -129,7 +136,7 @@ def taught(
         samples=len(rows),
         load=load,
         terms=terms,
-        reference=_reference(data, stores, teachers, context=context),
+        reference=_reference(data, spec, stores, teachers, context=context),
         context=context,
     )
     used = int((images.labels[rows.numpy()] < 0).sum())
@@ -228,19 +235,26 @@ def _rows(images: ImageSet, spec: DistillSpec, stores: Sequence[LabelStore]) -> 
 
 
 def _reference(
-    data: Data, stores: Sequence[LabelStore], teachers: Sequence[nn.Module], *, context: Context
+    data: Data,
+    spec: DistillSpec,
+    stores: Sequence[LabelStore],
+    teachers: Sequence[nn.Module],
+    *,
+    context: Context,
 ) -> Array:
-    """The teachers' mixed logits on validation, (N, C), to tell how far the student agrees."""
-    each = [torch.from_numpy(np.array(store.validation)).float() for store in stores] or [
-        torch.from_numpy(
-            logits_of_module(
-                net, data.validation, data.preprocess, device=context.device, name="the teacher"
-            )
+    """The teachers' logits on validation, (N, C), mixed as the student is taught, to tell how far
+    it agrees with them."""
+    each = [np.array(store.validation) for store in stores] or [
+        logits_of_module(
+            net, data.validation, data.preprocess, device=context.device, name="the teacher"
         )
         for net in teachers
     ]
-    weights = torch.full((len(each),), 1.0 / len(each))
-    return ensemble(torch.stack(each), weights, temperature=1.0).numpy()
+    targets = torch.from_numpy(np.stack(each)).float()
+    labels = torch.from_numpy(np.array(data.validation.labels))
+    weights = teacher_weights(spec.combine, targets, labels)
+    mixed: Array = ensemble(targets, weights, temperature=1.0).numpy()
+    return mixed
 
 
 def _validation(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -141,14 +141,25 @@ def _softened(term: SoftSpec, scene: Scene) -> tuple[Tensor, Tensor, float | Ten
 
 
 def _teacher_weights(scene: Scene) -> Tensor:
-    """(K,), or (N, K) where every sample asks whom it trusts."""
-    count, device = len(scene.targets), scene.targets.device
-    if scene.spec.combine == "confidence":
-        return confidence_weights(scene.targets, scene.batch.labels)
-    if scene.spec.combine == "mean":
-        return torch.full((count,), 1.0 / count, device=device)
-    weights = torch.tensor(scene.spec.combine, device=device)
-    return weights / weights.sum()
+    """Of a batch as it is; a mixed image trusts as its two halves do, by their shares."""
+    batch, combine = scene.batch, scene.spec.combine
+    weights = teacher_weights(combine, scene.targets, batch.labels)
+    if combine != "confidence" or batch.partner_labels is None or batch.lam is None:
+        return weights
+    others = teacher_weights(combine, scene.targets, batch.partner_labels)
+    return torch.lerp(others, weights, batch.lam[:, None])
+
+
+def teacher_weights(
+    combine: Literal["mean", "confidence"] | tuple[float, ...], targets: Tensor, labels: Tensor
+) -> Tensor:
+    """Shares of the teachers whose logits are `targets` (K, N, C): (K,), or (N, K) where every
+    sample asks whom it trusts."""
+    if combine == "confidence":
+        return confidence_weights(targets, labels)
+    count = len(targets)
+    shares = torch.ones(count) if combine == "mean" else torch.tensor(combine)
+    return (shares / shares.sum()).to(targets.device)
 
 
 def _hint(term: HintSpec, scene: Scene) -> Tensor:

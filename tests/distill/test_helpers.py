@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from edgestill.pipeline.data.augment import ViewBatch
 from edgestill.pipeline.distill.balance import LARGEST, Balance
 from edgestill.pipeline.distill.exits import Exit
-from edgestill.pipeline.distill.terms import factors_of
-from edgestill.pipeline.training_spec import HardSpec, KdSpec
+from edgestill.pipeline.distill.objectives import ensemble, kd
+from edgestill.pipeline.distill.terms import Scene, factors_of, teacher_weights, terms_of
+from edgestill.pipeline.training_spec import DistillSpec, HardSpec, KdSpec
 
 
 @pytest.mark.parametrize("stage", [(8, 16, 16), (16, 8, 8), (24, 5, 5), (32, 4, 4), (8, 4, 4)])
@@ -43,3 +45,30 @@ def test_weights_rise_and_fall_over_the_run() -> None:
 
     assert [factors(t)["kd"] for t in (0, 1, 2, 5, 10)] == pytest.approx([0, 0.45, 0.8, 0.5, 0])
     assert [factors(t)["hard"] for t in (0, 5, 10)] == pytest.approx([1, 0.5, 0])
+
+
+def test_a_first_term_of_zero_leaves_the_weights_as_they_are() -> None:
+    scales = Balance(["hard", "kd"])({"hard": torch.tensor(0.0), "kd": torch.tensor(3.0)})
+
+    assert [scale.item() for scale in scales.values()] == [1.0, 1.0]
+
+
+def test_a_mixed_image_trusts_teachers_as_its_halves_do() -> None:
+    targets = 3 * torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    labels, partners = torch.tensor([0, 1, 2, 3]), torch.tensor([4, 0, 1, 2])
+    lam = torch.tensor([1.0, 0.0, 0.3, 0.5])
+    own, other = (teacher_weights("confidence", targets, each) for each in (labels, partners))
+    batch = ViewBatch(torch.zeros(4, 1), labels, partners, lam)
+    spec = DistillSpec(combine="confidence")
+    scene = Scene(spec, batch, 0, targets[0], targets, {}, {})
+    mixed = ensemble(targets, lam[:, None] * own + (1 - lam[:, None]) * other, temperature=4.0)
+
+    value = terms_of([KdSpec()], scene)["kd"]
+
+    torch.testing.assert_close(value, kd(targets[0], mixed, temperature=4.0))
+
+
+def test_fixed_weights_of_teachers_are_shares() -> None:
+    shares = teacher_weights((1.0, 3.0), torch.zeros(2, 4, 5), torch.zeros(4))
+
+    assert shares.tolist() == [0.25, 0.75]

@@ -15,13 +15,13 @@ from edgestill.pipeline.data.dataset import open_data
 from edgestill.pipeline.distill import labels as labels_module
 from edgestill.pipeline.distill.label_store import HEADER, describe, network_sha256, open_labels
 from edgestill.pipeline.distill.labels import store_labels
-from edgestill.pipeline.distill.strategy import choose
 from edgestill.pipeline.distill.student import Lessons, train_student
 from edgestill.pipeline.distill.tasks import open_views
 from edgestill.pipeline.distill.teacher import best_class_order, check_class_order, prepare_teacher
 from edgestill.pipeline.errors import IntegrityError, MeasurementError, WeightsError
 from edgestill.pipeline.recipe import StudentSpec, TeacherSpec
 from edgestill.pipeline.stage import Context, Silent
+from edgestill.pipeline.strategy import choose
 from edgestill.pipeline.train import precision as precision_module
 from edgestill.pipeline.train.checkpoint import digest
 from edgestill.pipeline.train.precision import Precision

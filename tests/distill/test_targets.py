@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from edgestill.models.store import load_network
-from edgestill.pipeline.distill.strategy import choose
 from edgestill.pipeline.distill.student import Lessons, train_student
 from edgestill.pipeline.distill.teacher import prepare_teacher
 from edgestill.pipeline.recipe import StudentSpec, TeacherSpec
 from edgestill.pipeline.stage import Context, Silent
+from edgestill.pipeline.strategy import choose
 from edgestill.pipeline.training_spec import DistillSpec
 
 BUDGET = 2**30

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..training_spec import (
+from .training_spec import (
     DistillSpec,
     FeatureSpec,
     HardSpec,
