@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import click
 
 from .. import __version__
 from .errors import EdgestillError, Interrupted, RecipeError, UsageError, UserError
+from .stage import launched
 
 if TYPE_CHECKING:
     from .recipe import GateSpec
@@ -104,7 +104,7 @@ def run(
     from .flow import run as run_flow
     from .release import MODEL, REJECTED
 
-    helps = os.environ.get("RANK", "0") != "0"  # one of torchrun's processes: the first speaks
+    helps = not launched().leads  # one of torchrun's processes: the first speaks
     with Console(quiet=quiet or helps, log_json=log_json and not helps) as console:
         console.say(f"edgestill {__version__}: {recipe} → {out}")
         report = run_flow(wish, out, events=console, fresh=fresh)
@@ -216,4 +216,11 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 
 def _complain(text: str) -> None:
+    """Say why the command ends; of torchrun's processes the first that ends says it for all."""
+    if launched().size > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends already: let it say why
+        from .train.distributed import first_to_end
+
+        if not first_to_end():
+            return
     sys.stderr.write(f"error: {text}\n" if text else "error\n")

@@ -7,6 +7,7 @@ threads, device) is what its key hashes, see `workspace.py`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,15 @@ class World:
 
 
 ALONE = World()
+
+
+def launched() -> World:
+    """This process among those that `torchrun` started, by what it set; alone without it."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or "RANK" not in os.environ:
+        return ALONE
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    return World(rank=int(os.environ["RANK"]), size=size, local_size=local_size)
 
 
 @dataclass(frozen=True)

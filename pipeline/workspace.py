@@ -65,6 +65,7 @@ class Workspace:
         self.events.started(name)
         recalled = self._shared(_recall(home, name) if self.world.leads else None)
         if recalled is not None:
+            self._check_seen(home)
             for note in recalled.notes:
                 self.events.note(note)
             self.events.finished(name, seconds=recalled.seconds, recalled=True)
@@ -74,6 +75,7 @@ class Workspace:
             _drop_other_scratch(scratch)
             _keep_only_resumable(scratch)
         self._shared(None)  # nobody looks into scratch before it is ready
+        self._check_seen(scratch)
         events = Noting(self.events)
         context = Context(self.seed, self.threads, self.device, scratch, events, self.world)
         start = time.monotonic()
@@ -95,6 +97,13 @@ class Workspace:
 
         everybodys: Artifact | None = shared(artifact, world=self.world)
         return everybodys
+
+    def _check_seen(self, path: Path) -> None:
+        if not path.is_dir():
+            raise OutputError(
+                f"{self.root.parent}: process {self.world.rank} of {self.world.size} does not see "
+                "what the first one wrote there; choose a folder that all machines share with -o"
+            )
 
     def key(self, name: str, reads: Mapping[str, Any]) -> str:
         """sha256 of the canonical JSON of everything the stage may read."""

@@ -21,9 +21,10 @@ from edgestill.pipeline.data.dataset import ImageSet
 from edgestill.pipeline.measure.machine import available_threads
 from edgestill.pipeline.recipe import PreprocessSpec
 from edgestill.pipeline.stage import Context, Silent
-from edgestill.pipeline.train.loop import Task, fit
+from edgestill.pipeline.train.loop import fit
 from edgestill.pipeline.train.optimizer import build_optimizer
 from edgestill.pipeline.train.precision import choose_precision
+from edgestill.pipeline.train.task import Task
 from edgestill.pipeline.training_spec import AugmentSpec, TrainSpec
 
 NET, BATCH, STEPS, ROUNDS = "resnet20", 256, 30, 7

@@ -16,8 +16,8 @@ from ..data.preprocess import preprocess_metadata
 from ..measure.accuracy import accuracy, confusion, logits_of_module, per_class_accuracy
 from ..recipe import NetworkSpec
 from ..stage import Context
-from ..train.loop import FitResult
 from ..train.reproducible import derive_seed
+from ..train.task import FitResult
 
 Array = np.ndarray[Any, Any]
 

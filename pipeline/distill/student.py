@@ -25,8 +25,9 @@ from ..stage import Context
 from ..strategy import Plan
 from ..train.average import tensors_of
 from ..train.checkpoint import digest
-from ..train.loop import FitResult, fit
+from ..train.loop import fit
 from ..train.reproducible import derive_seed, reproducible
+from ..train.task import FitResult
 from ..training_spec import DistillSpec
 from .joints import join
 from .label_store import LabelStore, describe, network_sha256, open_labels

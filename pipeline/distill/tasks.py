@@ -21,8 +21,8 @@ from ..data.dataset import Data, ImageSet, with_unlabelled
 from ..measure.accuracy import accuracy, logits_of_module
 from ..stage import Context
 from ..strategy import Plan
-from ..train.loop import Task
-from ..training_spec import AugmentSpec, DistillSpec, TrainSpec
+from ..train.task import Task
+from ..training_spec import AugmentSpec, DistillSpec, RkdSpec, TrainSpec
 from .balance import Balance
 from .joints import join
 from .label_store import LabelStore
@@ -192,6 +192,7 @@ def learner_task(
         balance=_balance if spec.balance else None,
         after_step=after_step,
         networks=_networks_of,
+        least=3 if any(isinstance(term, RkdSpec) for term in plan.objectives) else 1,  # a triple
     )
 
 

@@ -20,8 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..errors import RecipeError
 from ..stage import Context
-from .distributed import shared
+from .distributed import least_over, shared
 from .trial import fastest
 
 TRIED_FROM_SECONDS = 600.0  # of eager training: ten times what compiling costs here
@@ -52,6 +53,9 @@ class Compiler:
                 network._compiled_call_impl = None
 
 
+EAGER = Compiler()
+
+
 def choose_compiler(
     wish: Literal["auto", "never", "always"],
     networks: list[nn.Module],
@@ -68,17 +72,35 @@ def choose_compiler(
         rehearsed: copies of them, on which
         step: is a training step without lasting effects.
         calls: how many steps the run has.
+    Raises:
+        RecipeError: `always`, and it cannot be done.
     """
-    if wish == "never" or (wish == "auto" and not _can_compile(context.device)):
-        return Compiler()
-    if wish == "auto" and not _pays(rehearsed, step, calls=calls, context=context):
-        return Compiler()
-    return _compiled(networks)
+    if wish == "never":
+        return EAGER
+    if wish == "always":
+        _insist(rehearsed, step)
+        return _compiled(networks)
+    if not _by_all(_can_compile(context.device), context=context):
+        return EAGER
+    return _compiled(networks) if _pays(rehearsed, step, calls=calls, context=context) else EAGER
+
+
+def _insist(rehearsed: list[nn.Module], step: Callable[[], object]) -> None:
+    """A failure is said before training, not in the midst of it."""
+    try:
+        with _compiled(rehearsed).used(True):
+            step()
+    except RuntimeError as error:
+        raise RecipeError(
+            f"compile: always is asked for, and torch.compile cannot do it: {_cause(error)}; use "
+            "`compile: auto`, which goes on without"
+        ) from error
 
 
 def _pays(
     rehearsed: list[nn.Module], step: Callable[[], object], *, calls: int, context: Context
 ) -> bool:
+    works = True
     made: list[Compiler] = []  # when it is first called: importing the compiler alone takes seconds
 
     def compiled_step() -> None:
@@ -96,17 +118,29 @@ def _pays(
             pays_from=TRIED_FROM_SECONDS,
         )
     except RuntimeError as error:  # what dynamo and inductor raise; the step itself runs eagerly
-        context.events.note(
-            f"torch.compile is not used: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
-        )
-        chosen, seconds = "eager", None
+        context.events.note(f"torch.compile is not used: {_cause(error)}")
+        # kept as any choice is: what failed for want of disk or memory may not fail next time
+        chosen, seconds = fastest("compile", {"eager": step}, calls=calls, context=context)
+        works = False
     chosen = shared(chosen, world=context.world)
+    if not _by_all(works, context=context):
+        return False
     if seconds is not None:
         context.events.note(
             f"torch.compile: a step takes {1e3 * seconds['compiled']:.1f} ms compiled, "
             f"{1e3 * seconds['eager']:.1f} ms eager: {chosen}"
         )
     return bool(chosen == "compiled")
+
+
+def _by_all(holds: bool, *, context: Context) -> bool:
+    """Whether it holds in every process."""
+    return bool(least_over(torch.tensor(int(holds)), world=context.world))
+
+
+def _cause(error: RuntimeError) -> str:
+    said = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {said[0][:160]}"
 
 
 def _compiled(networks: list[nn.Module]) -> Compiler:

@@ -69,7 +69,7 @@ def measured_precision(
             lasting effects; it will be done `calls` times.
         name: of the choice, see `trial.fastest`.
     """
-    guess = choose_precision(wish, device=context.device)
+    guess: Precision = shared(choose_precision(wish, device=context.device), world=context.world)
     if wish != "auto" or context.device != "cpu" or guess.name == "fp32":
         return guess
     other = Precision("fp32", "")

@@ -45,7 +45,7 @@ from edgestill.pipeline.recipe import DataSpec, Recipe, StudentSpec, TeacherSpec
 from edgestill.pipeline.recipe_file import load_recipe
 from edgestill.pipeline.stage import Context, Silent
 from edgestill.pipeline.strategy import choose
-from edgestill.pipeline.train import loop
+from edgestill.pipeline.train import run as training_run
 from edgestill.pipeline.train.average import tensors_of
 from edgestill.pipeline.train.checkpoint import digest
 from edgestill.pipeline.train.optimizer import build_optimizer
@@ -645,7 +645,7 @@ def test_killed_and_resumed_gives_the_bytes_of_a_run_never_stopped(
             study(prepared, tmp_path / "cut", wish, teachers=teachers)
     torch.manual_seed(123)  # another process has another random state
     if bug:  # what helps the student begins anew, as if the checkpoint did not hold it
-        monkeypatch.setattr(loop, "assign", without(further))
+        monkeypatch.setattr(training_run, "assign", without(further))
 
     found = study(prepared, tmp_path / "cut", wish, teachers=teachers)
 
@@ -675,7 +675,7 @@ def without(prefix: str) -> Callable[..., None]:
     return assign
 
 
-ASSIGN = loop.assign
+ASSIGN = training_run.assign
 
 # --- wishes that cannot be met
 

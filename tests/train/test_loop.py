@@ -11,15 +11,11 @@ import torch
 import torch.nn.functional as F
 from edgestill.pipeline.errors import DataError, MeasurementError, ModelError, RecipeError
 from edgestill.pipeline.stage import Context, Silent
+from edgestill.pipeline.train.batches import batch_sizes, epoch_order
 from edgestill.pipeline.train.checkpoint import digest
-from edgestill.pipeline.train.loop import (
-    CHECKPOINT,
-    FitResult,
-    Task,
-    batch_sizes,
-    epoch_order,
-    fit,
-)
+from edgestill.pipeline.train.loop import fit
+from edgestill.pipeline.train.run import CHECKPOINT
+from edgestill.pipeline.train.task import FitResult, Task
 from edgestill.pipeline.training_spec import TrainSpec
 from torch import Tensor, nn
 
