@@ -127,4 +127,6 @@ def test_the_names_of_networks_and_recipes_are_real(compress: Any) -> None:
     from edgestill.pipeline.recipe_file import shipped_recipes
 
     assert all(f"`{name}`" in README for name in shipped_recipes())
-    assert all(name in README for name in ZOO if not re.fullmatch(r"resnet(14|20|32|44|56|110)", name))
+    assert all(
+        name in README for name in ZOO if not re.fullmatch(r"resnet(14|20|32|44|56|110)", name)
+    )
