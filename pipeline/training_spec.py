@@ -68,10 +68,6 @@ class ObjectiveSpec(Spec):
     warmup_epochs: NotNegative = 0.0  # rises linearly from 0
     fade: Literal["none", "linear", "cosine"] = "none"  # falls to 0 at the end of the run
 
-    @property
-    def is_feature(self) -> bool:
-        return isinstance(self, FeatureSpec)
-
 
 class HardSpec(ObjectiveSpec):
     """Cross-entropy with the true labels, of the images that have one."""
