@@ -14,7 +14,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto
 
 from ..pipeline.errors import MeasurementError
-from .graph import attribute, batch_size, producers
+from .graph import WEIGHTED_OPS, attribute, batch_size, producers
 
 # What an array of these element types can hold as learnt numbers.
 _PARAMETER_TYPES = frozenset(
@@ -71,14 +71,22 @@ def multiply_adds(model: ModelProto) -> int:
     Raises:
         MeasurementError: a shape cannot be inferred.
     """
+    return sum(node_multiply_adds(model).values())
+
+
+def node_multiply_adds(model: ModelProto) -> dict[str, int]:
+    """The same by the name of the node.
+
+    Raises:
+        MeasurementError: a shape cannot be inferred.
+    """
     batch = batch_size(model) or 1
     shapes = _shapes(model, batch)
-    total = sum(
-        _node_multiply_adds(node, shapes)
+    return {
+        node.name: _node_multiply_adds(node, shapes) // batch
         for node in model.graph.node
-        if node.op_type in ("Conv", "Gemm", "MatMul")
-    )
-    return total // batch
+        if node.op_type in WEIGHTED_OPS
+    }
 
 
 def initializer_bytes(model: ModelProto) -> dict[str, int]:

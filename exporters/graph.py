@@ -6,8 +6,10 @@ Terms follow the ONNX IR specification (onnx/docs/IR.md).
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 import heapq
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -145,6 +147,26 @@ def consumers(model: ModelProto) -> dict[str, list[NodeProto]]:
 
 def is_quantized(model: ModelProto) -> bool:
     return any(node.op_type in QUANTIZED_OPS for node in all_nodes(model))
+
+
+def matching_nodes(model: ModelProto, patterns: Collection[str], *, where: str) -> frozenset[str]:
+    """Names of the nodes that the patterns (exact or globs) name.
+
+    Raises:
+        ExportError: a pattern matches nothing; near names are said.
+    """
+    names = [node.name for node in model.graph.node]
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
+            raise ExportError(
+                f"{where}: {pattern!r} matches no node of the float graph; near names: "
+                f"{', '.join(near)}"
+            )
+        found |= set(matched)
+    return frozenset(found)
 
 
 def batch_size(model: ModelProto) -> int | None:

@@ -2,97 +2,102 @@
 
 Activations uint8, weights int8 symmetric per channel, biases int32. The targets decide whether
 weights use 8 bits or 7 (`encoding_for`). Operators without an int8 kernel stay float, and so do the
-Mul and Add that a BatchNormalization became: one scale for all channels would lose them. What comes
-out is counted and held against what int8 must weigh; a graph that is half float is an error.
+Mul and Add that a BatchNormalization became: one scale for all channels would lose them. Ranges
+come from calibration (`calibrate.py`) or from training; either way this is the one writer, and what
+it wrote is held against what it was given (`int8_check.py`).
 
 Does not choose calibration samples and does not measure accuracy.
 """
 
 from __future__ import annotations
 
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import ModelProto, TensorProto, numpy_helper
 from onnxruntime.quantization import QuantType
-from onnxruntime.quantization.calibrate import (
-    MinMaxCalibrater,
-    PercentileCalibrater,
-    TensorsData,
-)
+from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-from ..pipeline.errors import ExportError, IntegrityError
-from .audit import initializer_bytes
+from ..pipeline.errors import ExportError
+from .bias import correct_bias as with_corrected_bias
+from .calibrate import Calibrator, Range, Samples, activations, ranges_of
+from .float_guard import guard
 from .graph import (
     WEIGHTED_OPS,
     arrays,
-    batch_size,
+    attribute,
     consumers,
     drop_unused_initializers,
     is_quantized,
     producers,
     sort_nodes,
 )
+from .int8_check import ABSORBED_OPS, check_int8, check_ranges, check_weight_scales, clip_bounds
 from .quiet import quiet
 from .rewrites import name_nodes
-from .sessions import open_session, pad_batch
-from .stamp import strip, write_model
+from .stamp import strip
 
 Array = np.ndarray[Any, Any]
 Target = Literal["arm", "x86", "x86-vnni"]
-Calibrator = Literal["minmax", "percentile"]
 
-# Samples a calibration step. Every activation of a step is in memory at once for `percentile`.
-CALIBRATION_BATCH = 16
-HISTOGRAM_BINS = 2048
-PERCENTILE = 99.999  # onnxruntime's default
+OLDEST_OPSET = 13  # the first whose QuantizeLinear and DequantizeLinear have an axis
 # Fused by onnxruntime's CPU provider between Q and DQ (qdq_selector_action_transformer.cc); the
 # shape-only ones pass int8 through. Mul, Sigmoid, Softmax and normalisations stay float.
 QUANTIZED_OP_TYPES = (
     "Conv", "Gemm", "MatMul", "Relu", "Clip", "Add", "Concat", "GlobalAveragePool", "AveragePool",
     "MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split",
 )  # fmt: skip
-# Int8 file against its estimate: names are not counted, so only rounding is left over.
-BYTES_SLACK = 1.02
-
-
-class Samples(Protocol):
-    """Calibration samples, (N, C, H, W) float32: an array, or what makes one slice at a time."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, part: slice, /) -> Array: ...
+OP_REASON = (
+    "the file is one for all targets, so its operators are those with an int8 kernel on every one "
+    "of them; residual Adds are among them, so that a block runs in int8 from end to end. "
+    "Mul, Sigmoid, Softmax and normalisations stay float: one scale for all channels loses more "
+    "than their share of the time is worth"
+)
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How numbers become integers. `reduce_range`: weights use 7 of 8 bits (-64…64)."""
+    """How numbers become integers, and which operators do.
+
+    reduce_range: weights use 7 of 8 bits (-64…64). op_types: operators that become int8.
+    """
 
     activation_type: Literal["uint8"]
     weight_type: Literal["int8"]
     reduce_range: bool
     per_channel: bool
     reason: str
+    op_types: tuple[str, ...] = QUANTIZED_OP_TYPES
+    op_reason: str = OP_REASON
+
+    @property
+    def largest_weight(self) -> int:
+        """Largest absolute integer of a weight; symmetric, so -128 is left out."""
+        return 64 if self.reduce_range else 127
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """The int8 graph and what was counted in it."""
+    """The int8 graph and what was counted in it.
+
+    not_written: activations whose range is not in the file, by name, with the reason.
+    """
 
     model: ModelProto
     counts: dict[str, int]
+    not_written: dict[str, str] = field(default_factory=dict)
 
 
 def encoding_for(targets: tuple[Target, ...]) -> Encoding:
     """The encoding whose integer results are the same on every target.
 
-    U8S8 has fast kernels on all of them. x86 without VNNI multiplies with VPMADDUBSW, whose int16
-    sums saturate (255·127 + 255·127 > 32,767); weights of at most 64 cannot: 255·64·2 = 32,640.
+    U8S8 has fast kernels on all of them: VNNI and dotprod multiply it directly, ARM without dotprod
+    widens it. x86 without VNNI multiplies with VPMADDUBSW, whose int16 sums saturate
+    (255·127 + 255·127 > 32,767); weights of at most 64 cannot: 255·64·2 = 32,640.
     """
     if not targets:
         raise ExportError("quantize.targets: empty; name at least one of arm, x86, x86-vnni")
@@ -111,138 +116,66 @@ def quantize(
     samples: Samples,
     *,
     encoding: Encoding,
-    calibrator: Calibrator,
+    calibrator: Calibrator = "minmax",
     threads: int,
+    keep_float: Collection[str] = (),
+    ranges: Mapping[str, Range] | None = None,
+    weight_scales: Mapping[str, Array] | None = None,
+    correct_bias: bool = False,
 ) -> Quantized:
     """Calibrates on the samples and writes Q and DQ; the same arguments give the same bytes.
 
     Args:
-        model: float, its BatchNormalization folded (see simplify.py).
-        samples: float32, (N, C, H, W), real, from the training set; sliced in steps of 16, so that
-            memory does not grow with N.
+        model: float, its BatchNormalization folded (see simplify.py), opset ≥ 13.
+        samples: float32, (N, C, H, W), real, from the training set; read in steps, so that memory
+            does not grow with N. May be empty where `ranges` are given and `correct_bias` is not.
+        keep_float: names of nodes of `model` that stay float.
+        ranges: of activations, by tensor name; no calibration then. Each one lands in the file or
+            in `not_written`. A tensor before a Relu or Clip needs none.
+        weight_scales: float32, one for each output channel, by name of the weight; weights beyond
+            ±64 or ±127 steps saturate. What is not named gets its scale from its own range.
+        correct_bias: see bias.py.
 
     Raises:
-        ExportError: quantized already, BatchNormalization left, nothing to quantize, no samples,
-            or activations that are not finite.
+        ExportError: quantized already, opset too old, BatchNormalization left, nothing to quantize,
+            unknown names, missing or unusable ranges or scales, or what `ranges_of` refuses.
         IntegrityError: the result is not what int8 must look like.
     """
-    _refuse_unfit(model, samples)
+    _refuse_unfit(model)
     floating = onnx.shape_inference.infer_shapes(model)
     name_nodes(floating)
-    with quiet(), tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "float.onnx")
-        write_model(floating, path)
-        ranges = calibrate(path, samples, calibrator=calibrator, threads=threads)
-        _check_ranges(ranges)
-        quantizer = QDQQuantizer(
-            onnx.load(path),
-            encoding.per_channel,
-            encoding.reduce_range,
-            QuantType.QInt8,
-            QuantType.QUInt8,
-            ranges,
-            [],
-            _kept_float(floating),
-            list(QUANTIZED_OP_TYPES),
-            {"WeightSymmetric": True, "ActivationSymmetric": False},
-        )
-        quantizer.quantize_model()
-        result: ModelProto = quantizer.model.model
-    _free_logits(result)
-    drop_unused_initializers(result)
-    _sort_initializers(result)
-    sort_nodes(result)  # onnxruntime appends Q and DQ at the end
-    del result.graph.value_info[:]  # some describe values that are gone
-    result = strip(onnx.shape_inference.infer_shapes(result))
-    return Quantized(result, check_int8(floating, result))
+    _refuse_unknown(floating, keep_float)
+    given = ranges
+    if given is None:
+        given = ranges_of(floating, samples, calibrator=calibrator, threads=threads)
+    scales = {name: np.asarray(value, np.float32) for name, value in (weight_scales or {}).items()}
+    axes = _weight_axes(floating, keep_float)
+    _check_scales(floating, scales, axes)
+    kept = {*keep_float, *_constant_adds(floating), *_inexact_clips(floating)}
+    result = _write(
+        _saturated(floating, scales, axes, encoding), given, encoding, kept,
+        {name: _override(scales[name], axes[name]) for name in scales},
+    )  # fmt: skip
+    not_written = check_ranges(floating, result, given, kept=kept, op_types=encoding.op_types)
+    check_weight_scales(result, scales)
+    counts = check_int8(floating, result, keep_float=keep_float)
+    if correct_bias:
+        result = with_corrected_bias(floating, result, samples, threads=threads)
+    return Quantized(result, counts, not_written)
 
 
-def calibrate(path: Path, samples: Samples, *, calibrator: Calibrator, threads: int) -> TensorsData:
-    """Range of every float activation, from real samples.
-
-    `percentile` keeps the values of one step at a time and merges histograms; left to itself
-    onnxruntime keeps those of all samples (onnxruntime#10503, #21979).
-    """
-    augmented = path.with_name("augmented.onnx")
-    shared = {"augmented_model_path": str(augmented)}
-    if calibrator == "minmax":
-        collector = MinMaxCalibrater(path, **shared)
-    else:
-        collector = PercentileCalibrater(
-            path, num_bins=HISTOGRAM_BINS, percentile=PERCENTILE, **shared
-        )
-    collector.augment_graph()
-    collector.infer_session = open_session(augmented, threads=threads, optimize=False)
-    name = collector.infer_session.get_inputs()[0].name
-    fixed = batch_size(onnx.load(path))
-    size = fixed or CALIBRATION_BATCH
-    for start in range(0, len(samples), size):
-        batch = np.ascontiguousarray(samples[start : start + size], dtype=np.float32)
-        # a repeated sample changes no range
-        collector.collect_data(_Once({name: pad_batch(batch, size) if fixed else batch}))
-    return collector.compute_data()
-
-
-def check_int8(floating: ModelProto, quantized: ModelProto) -> dict[str, int]:
-    """Holds the int8 graph against the float one; returns what was counted.
-
-    Every constant weight of a Conv, Gemm or MatMul with ≥ 2 axes is stored as int8 and their
-    biases as int32; the bytes are those of the float graph less three quarters of these weights,
-    plus scales and zero points.
-
-    Raises:
-        IntegrityError: a weight was left float, nothing was quantized, or the bytes do not fit.
-    """
-    stored = {tensor.name: tensor for tensor in quantized.graph.initializer}
-    writers = producers(quantized)
-    weights, biases, channels, left = 0, 0, 0, []
-    for node in quantized.graph.node:
-        if node.op_type not in WEIGHTED_OPS:
-            continue
-        weight = _behind_dq(node.input[1], writers, stored)
-        if weight is not None and len(weight.dims) >= 2:
-            if weight.data_type != TensorProto.INT8:
-                left.append(node.name)
-                continue
-            weights += 1
-            channels += _scale_count(node.input[1], writers, stored)
-        bias = _behind_dq(node.input[2], writers, stored) if len(node.input) > 2 else None
-        biases += bias is not None and bias.data_type == TensorProto.INT32
-    if left or not weights:
-        what = f"{', '.join(left[:5])} kept float weights" if left else "no weight became int8"
-        raise IntegrityError(
-            f"int8: {what}; expected int8 for every Conv, Gemm and MatMul. Leave out `quantize:` "
-            "to ship the float model, or report this graph"
-        )
-    ops = [node.op_type for node in quantized.graph.node]
-    counts = {
-        "quantize_linear": ops.count("QuantizeLinear"),
-        "dequantize_linear": ops.count("DequantizeLinear"),
-        "int8_weights": weights,
-        "int32_biases": biases,
-        "float_initializer_bytes": sum(initializer_bytes(floating).values()),
-        "int8_initializer_bytes": sum(initializer_bytes(quantized).values()),
-    }
-    _check_bytes(floating, counts, channels)
-    return counts
-
-
-class _Once:
-    """onnxruntime's data reader protocol over a single step."""
-
-    def __init__(self, feed: dict[str, Array]) -> None:
-        self._feed: dict[str, Array] | None = feed
-
-    def get_next(self) -> dict[str, Array] | None:
-        feed, self._feed = self._feed, None
-        return feed
-
-
-def _refuse_unfit(model: ModelProto, samples: Samples) -> None:
+def _refuse_unfit(model: ModelProto) -> None:
     if is_quantized(model):
         raise ExportError(
             "the model is quantized already (it has QuantizeLinear or DequantizeLinear nodes); "
             "give the float ONNX it was made from"
+        )
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if opset < OLDEST_OPSET:
+        raise ExportError(
+            f"the model is written in opset {opset}; expected {OLDEST_OPSET} or newer, the first "
+            "with a scale per channel. Export it again with opset_version=18, or convert it with "
+            "onnx.version_converter.convert_version(model, 18)"
         )
     left = [node.name for node in model.graph.node if node.op_type == "BatchNormalization"]
     if left:
@@ -255,20 +188,60 @@ def _refuse_unfit(model: ModelProto, samples: Samples) -> None:
             "the graph has no Conv, Gemm or MatMul, so int8 would change nothing; leave out "
             "`quantize:`"
         )
-    if len(samples) == 0:
-        raise ExportError("no calibration samples; set data.calibration to 64 or more")
+    broken = [name for name, value in arrays(model).items() if not _is_finite(value)]
+    if broken:
+        raise ExportError(
+            f"the weights {', '.join(broken[:3])} are not finite, so they have no scale; look for "
+            "NaN or infinity in the checkpoint"
+        )
 
 
-def _check_ranges(ranges: TensorsData) -> None:
-    for name, data in ranges.items():
-        if not np.isfinite(data.range_value).all():
+def _is_finite(value: Array) -> bool:
+    """A Clip may have an infinite bound; it is a scalar."""
+    return value.ndim == 0 or value.dtype.kind != "f" or bool(np.isfinite(value).all())
+
+
+def _refuse_unknown(model: ModelProto, keep_float: Collection[str]) -> None:
+    unknown = sorted(set(keep_float) - {node.name for node in model.graph.node})
+    if unknown:
+        raise ExportError(
+            f"keep_float: the graph has no node named {', '.join(unknown[:3])}; names are those of "
+            "the float ONNX (e.g. in netron)"
+        )
+
+
+def _weight_axes(model: ModelProto, keep_float: Collection[str]) -> dict[str, int]:
+    """Axis of the output channels of each stored weight that becomes int8."""
+    constants = arrays(model)
+    return {
+        node.input[1]: 1
+        if node.op_type == "MatMul" or (node.op_type == "Gemm" and not attribute(node, "transB", 0))
+        else 0
+        for node in model.graph.node
+        if node.op_type in WEIGHTED_OPS
+        and node.name not in keep_float
+        and node.input[1] in constants
+        and constants[node.input[1]].ndim >= 2
+    }
+
+
+def _check_scales(model: ModelProto, scales: dict[str, Array], axes: dict[str, int]) -> None:
+    constants = arrays(model)
+    for name, scale in scales.items():
+        if name not in axes:
             raise ExportError(
-                f"calibration: the values of {name!r} are not finite, so they have no range; look "
-                "for NaN or infinity in the weights and the samples"
+                f"weight_scales: {name!r} is no weight that becomes int8; expected one of "
+                f"{', '.join(sorted(axes)[:5])}"
+            )
+        channels = constants[name].shape[axes[name]]
+        if scale.shape != (channels,) or not (np.isfinite(scale) & (scale > 0)).all():
+            raise ExportError(
+                f"weight_scales: {name!r} needs {channels} finite scales > 0, one for each output "
+                f"channel; got shape {scale.shape}, smallest {scale.min():g}"
             )
 
 
-def _kept_float(model: ModelProto) -> list[str]:
+def _constant_adds(model: ModelProto) -> list[str]:
     """Adds of a constant: a folded BatchNormalization, for which one scale would be coarse."""
     constants = arrays(model)
     return [
@@ -278,15 +251,97 @@ def _kept_float(model: ModelProto) -> list[str]:
     ]
 
 
-def _free_logits(model: ModelProto) -> None:
-    """Takes the Q and DQ off each graph output, in place: logits leave in float.
+def _inexact_clips(model: ModelProto) -> list[str]:
+    """Clips that no uint8 range can stand for: zero is outside, or a bound is not constant.
+
+    onnxruntime.quantization would delete them all the same.
+    """
+    constants = arrays(model)
+    inexact = []
+    for node in model.graph.node:
+        bounds = clip_bounds(node, constants) if node.op_type in ABSORBED_OPS else (0.0, 0.0)
+        if bounds is None or not bounds[0] <= 0.0 <= bounds[1]:
+            inexact.append(node.name)
+    return inexact
+
+
+def _saturated(
+    model: ModelProto, scales: dict[str, Array], axes: dict[str, int], encoding: Encoding
+) -> ModelProto:
+    """A copy whose weights lie within the integers that their given scale has for them."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    for tensor in result.graph.initializer:
+        if tensor.name in scales:
+            weight = numpy_helper.to_array(tensor)
+            along = [1] * weight.ndim
+            along[axes[tensor.name]] = -1
+            limit = encoding.largest_weight * scales[tensor.name].reshape(along)
+            clipped = np.clip(weight, -limit, limit).astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(clipped, tensor.name))
+    return result
+
+
+def _override(scales: Array, axis: int) -> list[dict[str, Any]]:
+    """One dict a channel, with typed values: anything else is refused late or stored wrongly."""
+    return [{"axis": axis, "scale": scale, "zero_point": np.int8(0)} for scale in scales]
+
+
+def _write(
+    model: ModelProto, ranges: Mapping[str, Range], encoding: Encoding, kept: Collection[str],
+    overrides: dict[str, list[dict[str, Any]]],
+) -> ModelProto:  # fmt: skip
+    # onnxruntime asks for a range of everything; what must not be without one is checked afterwards
+    known = {name: ranges.get(name, (0.0, 0.0)) for name in activations(model)}
+    data = {
+        name: (np.array(low, np.float32), np.array(high, np.float32))
+        for name, (low, high) in known.items()
+    }
+    logits = _logits(model)  # before the quantizer changes the graph in place
+    with quiet():
+        quantizer = QDQQuantizer(
+            model,
+            encoding.per_channel,
+            encoding.reduce_range,
+            QuantType.QInt8,
+            QuantType.QUInt8,
+            TensorsData(CalibrationMethod.MinMax, data),
+            [],
+            sorted(kept),
+            list(encoding.op_types),
+            {
+                "WeightSymmetric": True,
+                "ActivationSymmetric": False,
+                "TensorQuantOverrides": overrides,
+            },
+        )
+        quantizer.quantize_model()
+        result: ModelProto = quantizer.model.model
+    guard(result, kept)
+    _free_logits(result, logits)
+    drop_unused_initializers(result)
+    _sort_initializers(result)
+    sort_nodes(result)  # onnxruntime appends Q and DQ at the end
+    del result.graph.value_info[:]  # some describe values that are gone
+    return strip(onnx.shape_inference.infer_shapes(result))
+
+
+def _logits(model: ModelProto) -> set[str]:
+    """Graph outputs that a Conv, Gemm or MatMul writes; a Relu before one lives in its Q."""
+    writers = producers(model)
+    outputs = {value.name for value in model.graph.output} & writers.keys()
+    return {name for name in outputs if writers[name].op_type in WEIGHTED_OPS}
+
+
+def _free_logits(model: ModelProto, names: set[str]) -> None:
+    """Takes the Q and DQ off the graph outputs `names`, in place: logits leave in float.
 
     Eight bits for all logits would put ties into the ranking. A Gemm without Q after it fuses to
     QGemm with a float output, so nothing is lost in speed.
     """
     writers, readers = producers(model), consumers(model)
-    for output in model.graph.output:
-        dequantize = writers.get(output.name)
+    for name in sorted(names):
+        dequantize = writers.get(name)
         if dequantize is None or dequantize.op_type != "DequantizeLinear":
             continue
         quantize_node = writers.get(dequantize.input[0])
@@ -296,7 +351,7 @@ def _free_logits(model: ModelProto) -> None:
         shared = len(readers[quantize_node.input[0]]) > 1 or len(readers[dequantize.input[0]]) > 1
         if source is None or source.op_type not in WEIGHTED_OPS or shared:
             continue
-        source.output[0] = output.name
+        source.output[0] = name
         model.graph.node.remove(quantize_node)
         model.graph.node.remove(dequantize)
 
@@ -307,40 +362,3 @@ def _sort_initializers(model: ModelProto) -> None:
     copies = [TensorProto.FromString(tensor.SerializeToString()) for tensor in ordered]
     del model.graph.initializer[:]
     model.graph.initializer.extend(copies)
-
-
-def _behind_dq(
-    name: str, writers: dict[str, NodeProto], stored: dict[str, TensorProto]
-) -> TensorProto | None:
-    """The stored tensor that feeds `name`, directly or through DequantizeLinear."""
-    writer = writers.get(name)
-    if writer is not None and writer.op_type == "DequantizeLinear":
-        name = writer.input[0]
-    return stored.get(name)
-
-
-def _scale_count(name: str, writers: dict[str, NodeProto], stored: dict[str, TensorProto]) -> int:
-    return int(np.prod(stored[writers[name].input[1]].dims, dtype=np.int64))
-
-
-def _check_bytes(floating: ModelProto, counts: dict[str, int], channels: int) -> None:
-    """Per output channel: scale 4, zero point 1, bias scale 4, bias zero point 4, and 4 for a bias
-    that the float net had not; per activation: scale 4, zero point 1 (counted at each Q and DQ).
-    """
-    constants = arrays(floating)
-    weight_names = {
-        node.input[1]
-        for node in floating.graph.node
-        if node.op_type in WEIGHTED_OPS
-        and node.input[1] in constants
-        and constants[node.input[1]].ndim >= 2
-    }
-    weight_bytes = sum(constants[name].nbytes for name in weight_names)
-    nodes = counts["quantize_linear"] + counts["dequantize_linear"]
-    expected = counts["float_initializer_bytes"] - 0.75 * weight_bytes + 17 * channels + 5 * nodes
-    if counts["int8_initializer_bytes"] > BYTES_SLACK * expected:
-        raise IntegrityError(
-            f"int8: {counts['int8_initializer_bytes']:,} bytes of initializers, expected at most "
-            f"{expected:,.0f} (float: {counts['float_initializer_bytes']:,}); a weight is stored "
-            "twice or as float. Leave out `quantize:` to ship the float model, or report this graph"
-        )

@@ -24,19 +24,24 @@ OPSET = 18  # what torch's exporter is written in (torch/onnx/_constants.py); no
 # adds only float8 and would gain nothing; 1.18 is built on ONNX 1.16, IR 10. Newer IRs are never
 # needed for opset 18. Sources: onnx/docs/Versioning.md, onnxruntime.ai/docs/reference/compatibility
 IR_BY_RUNTIME: tuple[tuple[tuple[int, int], int], ...] = (((1, 18), 10), ((1, 14), 8))
+# (first release, newest opset it reads) of the same source, for files that somebody else exported
+OPSET_BY_RUNTIME: tuple[tuple[tuple[int, int], int], ...] = (
+    ((1, 18), 21),
+    ((1, 17), 20),
+    ((1, 15), 19),
+    ((1, 14), 18),
+)
 GRAPH_NAME = "edgestill"
 
 
 def ir_version(min_runtime: str) -> int:
     """IR version that onnxruntime `min_runtime` ("1.17", "1.17.3") and every later one reads."""
-    major, minor = (int(part) for part in min_runtime.split(".")[:2])
-    for release, version in IR_BY_RUNTIME:
-        if (major, minor) >= release:
-            return version
-    raise ExportError(
-        f"export.min_runtime: {min_runtime} is older than 1.14, the first onnxruntime that reads "
-        f"opset {OPSET}"
-    )
+    return _of_runtime(IR_BY_RUNTIME, min_runtime)
+
+
+def newest_opset(min_runtime: str) -> int:
+    """Newest opset that onnxruntime `min_runtime` and every later one reads."""
+    return _of_runtime(OPSET_BY_RUNTIME, min_runtime)
 
 
 def stamp(model: ModelProto, *, min_runtime: str, metadata: Mapping[str, str]) -> ModelProto:
@@ -51,14 +56,27 @@ def stamp(model: ModelProto, *, min_runtime: str, metadata: Mapping[str, str]) -
     clean = strip(model)
     clean.ir_version = ir_version(min_runtime)
     default = next((o.version for o in clean.opset_import if o.domain in ("", "ai.onnx")), None)
-    if default is not None and default > OPSET:
+    newest = newest_opset(min_runtime)
+    if default is not None and default > newest:
         raise ExportError(
-            f"the graph is written in opset {default}; expected at most {OPSET}, which onnxruntime "
-            f"{min_runtime} reads; export it again with opset_version={OPSET}"
+            f"the graph is written in opset {default}; expected at most {newest}, which "
+            f"onnxruntime {min_runtime} reads; export it again with opset_version={OPSET}, or "
+            "raise export.min_runtime"
         )
     for key in sorted(metadata):
         clean.metadata_props.add(key=key, value=metadata[key])
     return clean
+
+
+def _of_runtime(table: tuple[tuple[tuple[int, int], int], ...], min_runtime: str) -> int:
+    major, minor = (int(part) for part in min_runtime.split(".")[:2])
+    for release, version in table:
+        if (major, minor) >= release:
+            return version
+    raise ExportError(
+        f"export.min_runtime: {min_runtime} is older than 1.14, the first onnxruntime that reads "
+        f"opset {OPSET}"
+    )
 
 
 def strip(model: ModelProto) -> ModelProto:

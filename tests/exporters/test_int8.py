@@ -12,13 +12,14 @@ import pytest
 import torch
 from edgestill.exporters.audit import audit
 from edgestill.exporters.graph import arrays, producers, read_model
-from edgestill.exporters.int8 import check_int8, encoding_for, quantize
+from edgestill.exporters.int8 import encoding_for, quantize
+from edgestill.exporters.int8_check import check_int8
 from edgestill.exporters.rewrites import normalise
 from edgestill.exporters.sessions import open_session, run_batches
 from edgestill.exporters.stamp import stamp, write_model
 from edgestill.exporters.to_onnx import export_onnx
 from edgestill.pipeline.errors import ExportError, IntegrityError
-from onnx import TensorProto
+from onnx import numpy_helper
 from torch import nn
 
 FULL = encoding_for(("arm",))
@@ -198,7 +199,7 @@ def test_a_weight_left_float_is_an_integrity_error(floating, int8):
 def test_weights_stored_twice_are_an_integrity_error(floating, int8):
     broken = onnx.ModelProto()
     broken.CopyFrom(int8.model)
-    extra = TensorProto(name="again", data_type=TensorProto.FLOAT, dims=[2000])
+    extra = numpy_helper.from_array(np.zeros(2000, np.float32), "again")
     broken.graph.initializer.append(extra)
     with pytest.raises(IntegrityError, match="bytes of initializers"):
         check_int8(floating, broken)

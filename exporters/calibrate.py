@@ -1,0 +1,392 @@
+"""The range of every activation, from real samples: what the int8 writer turns into scales.
+
+Two passes, both of them in steps, so memory does not grow with the number of samples. The first
+finds the exact minima and maxima, inside the graph. The second, for every calibrator but `minmax`,
+counts the values in histograms over exactly those ranges; a calibrator then gives up the ends of
+the range for finer steps in its middle:
+
+    minmax      the whole range
+    percentile  all but the outermost 0.0005 % of the values at either end
+    entropy     the range whose 256 levels keep most of the distribution (Migacz 2017)
+    mse         the range with the least expected squared error of quantization
+
+onnxruntime's calibrators are not used: its minimum leaves NaN out, its histograms grow with the
+data and give min-max for entropy at their defaults, and there is no MSE search.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import ModelProto, TensorProto
+
+from ..pipeline.errors import ExportError
+from .graph import batch_size, consumers
+from .sessions import open_session, pad_batch
+from .stamp import write_model
+
+Array = np.ndarray[Any, Any]
+Calibrator = Literal["minmax", "percentile", "entropy", "mse"]
+Range = tuple[float, float]
+
+LEVELS = 256  # of uint8
+STEP = 16  # samples at a time, fewer where their activations are large
+STEP_BYTES = 256 * 2**20  # of activations held at once in the second pass
+BINS = 8192  # 32 to a level, so that a range of a tenth still has 3 to each of its levels
+PERCENTILE = 99.999  # onnxruntime's default, half of the rest at either end
+ENTROPY_BINS = 2048  # onnxruntime's 128 leave a single candidate: min-max
+ENTROPY_CANDIDATES = 128
+SMOOTHING = 1e-4  # probability of a level that quantization emptied (mxnet, onnxruntime)
+# Ends that the MSE search tries, as fractions of the exact one: 5 % apart, down to a twentieth.
+FRACTIONS = 0.95 ** np.arange(60)
+# Normalised inputs have mean 0 and deviation 1 over the training set; single images reach ±2.6.
+FAR_MEAN, SMALL_DEVIATION, LARGE_DEVIATION = 1.5, 0.1, 5.0
+
+
+class Samples(Protocol):
+    """Calibration samples, (N, C, H, W) float32: an array, or what makes one slice at a time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Array: ...
+
+
+def ranges_of(
+    model: ModelProto, samples: Samples, *, calibrator: Calibrator, threads: int
+) -> dict[str, Range]:
+    """(low, high) of every float activation, by tensor name; low ≤ 0 ≤ high, because uint8 has to
+    represent zero exactly.
+
+    A tensor that only a Relu or a Clip reads keeps its min-max range: it is quantized after that.
+
+    Args:
+        model: float, one input.
+        samples: N ≥ 1, real, from the training set.
+
+    Raises:
+        ExportError: no samples, samples that are not finite or all the same, activations that are
+            not finite, or a model that has not exactly one input.
+    """
+    if len(samples) == 0:
+        raise ExportError("no calibration samples; set data.calibration to 64 or more")
+    inferred = onnx.shape_inference.infer_shapes(model)
+    names = activations(inferred)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "calibration.onnx")
+        write_model(_with_extremes(inferred, names), path)
+        session = open_session(path, threads=threads, optimize=False)
+        ranges = _min_max(session, names, samples, fixed=batch_size(model))
+        if calibrator == "minmax":
+            return ranges
+        wanted = [name for name in _quantized(inferred, names) if ranges[name][0] < ranges[name][1]]
+        write_model(_with_outputs(inferred, wanted), path)
+        session = open_session(path, threads=threads, optimize=False)
+        counts = _histograms(session, ranges, wanted, samples, fixed=batch_size(model))
+    choose = {"percentile": percentile_range, "entropy": entropy_range, "mse": mse_range}
+    found = {name: choose[calibrator](counts[name], *ranges[name]) for name in wanted}
+    return {**ranges, **found}
+
+
+def scale_and_zero_point(low: float, high: float) -> tuple[np.float32, np.uint8]:
+    """uint8 parameters of a range, x ≈ scale · (q - zero_point), as onnxruntime.quantization
+    computes them: the range is widened to hold zero, the scale rounded to float32, and an empty
+    range has scale 1.
+    """
+    low32, high32 = np.float32(min(low, 0.0)), np.float32(max(high, 0.0))
+    scale = (np.float64(high32) - np.float64(low32)) / (LEVELS - 1)
+    if scale < np.finfo(np.float32).tiny:
+        return np.float32(1.0), np.uint8(0)
+    return np.float32(scale), np.uint8(np.round(-np.float64(low32) / scale))
+
+
+def percentile_range(
+    counts: Array, low: float, high: float, *, percentile: float = PERCENTILE
+) -> Range:
+    """The narrowest range of whole bins outside of which at most (100 - percentile) / 2 percent
+    of the values lie at either end.
+
+    Args:
+        counts: (B,) values in each of B equal bins over [low, high], low ≤ 0 ≤ high.
+    """
+    cut = (100.0 - percentile) / 200.0 * counts.sum()
+    edges = np.linspace(low, high, len(counts) + 1)
+    below = np.concatenate([[0.0], np.cumsum(counts)])
+    first = int(np.flatnonzero(below <= cut)[-1])
+    last = int(np.flatnonzero(counts.sum() - below <= cut)[0])
+    return min(float(edges[first]), 0.0), max(float(edges[last]), 0.0)
+
+
+def entropy_range(counts: Array, low: float, high: float) -> Range:
+    """The range with the least Kullback-Leibler divergence from its own 256 levels.
+
+    Both ends move in together, in 128 steps. P is what the range holds, with what lies outside
+    added to its first and last bin; Q is the same without the outside, averaged over the bins of
+    each level that hold something (Migacz 2017, "8-bit inference with TensorRT"). The bin of zero
+    counts as its larger neighbour: zero is exact in every range, so its many values after a ReLU
+    say nothing about the others (NVIDIA's pytorch-quantization does the same).
+
+    Args:
+        counts: as in `percentile_range`; B a multiple of 2,048.
+    """
+    coarse = counts.reshape(ENTROPY_BINS, -1).sum(axis=1)
+    width = (high - low) / ENTROPY_BINS
+    zero = min(int(-low / width), ENTROPY_BINS - 1)
+    neighbours = coarse[max(zero - 1, 0) : zero + 2].copy()
+    neighbours[min(zero, 1)] = 0
+    coarse[zero] = min(coarse[zero], neighbours.max())
+    best, divergence = (low, high), np.inf
+    for numerator in range(ENTROPY_CANDIDATES, 0, -1):
+        fraction = numerator / ENTROPY_CANDIDATES
+        first = round(zero * (1 - fraction))
+        last = round(zero + (ENTROPY_BINS - zero) * fraction)
+        if last - first < LEVELS:
+            break
+        found = _divergence(coarse, first, last)
+        if found < divergence:
+            divergence, best = found, (low + first * width, low + last * width)
+    return min(best[0], 0.0), max(best[1], 0.0)
+
+
+def mse_range(counts: Array, low: float, high: float) -> Range:
+    """The range with the least expected squared error of rounding to 256 levels and of clipping.
+
+    Every pair of ends in FRACTIONS of the exact ones is tried; values count at the centre of their
+    bin. Equal errors: the wider range.
+
+    Args:
+        counts: as in `percentile_range`.
+    """
+    centres = low + (np.arange(len(counts)) + 0.5) * (high - low) / len(counts)
+    powers = np.stack([counts, counts * centres, counts * centres**2])
+    moments = np.concatenate([np.zeros((3, 1)), np.cumsum(powers, axis=1)], axis=1)
+    lows = low * FRACTIONS if low < 0 else [0.0]
+    highs = high * FRACTIONS if high > 0 else [0.0]
+    candidates = [(float(a), float(b)) for a in lows for b in highs]
+    return min(candidates, key=lambda ends: _squared_error(moments, centres, *ends))
+
+
+def channel_statistics(samples: Samples) -> tuple[Array, Array]:
+    """Mean and standard deviation of each input channel, (C,) float64 each; read in steps.
+
+    Raises:
+        ExportError: no samples.
+    """
+    count, total, squares = 0, 0.0, 0.0
+    for batch in steps(samples, STEP):
+        values = np.moveaxis(batch.astype(np.float64), 1, 0).reshape(batch.shape[1], -1)
+        count += values.shape[1]
+        total = total + values.sum(axis=1)
+        squares = squares + np.square(values).sum(axis=1)
+    if count == 0:
+        raise ExportError("no calibration samples; set data.calibration to 64 or more")
+    mean = np.asarray(total / count)
+    return mean, np.sqrt(np.maximum(squares / count - mean**2, 0.0))
+
+
+def doubt_about_samples(mean: Array, deviation: Array) -> str | None:
+    """A sentence if normalised samples are far from the training set, which has mean 0 and
+    deviation 1; else None.
+
+    Args:
+        mean, deviation: (C,), of the samples after preprocessing that subtracts the training
+            set's mean and divides by its deviation. Of other preprocessing nothing can be said.
+    """
+    measured = (
+        f"(mean {', '.join(f'{m:.2f}' for m in mean)}; deviation "
+        f"{', '.join(f'{d:.2f}' for d in deviation)}; expected about 0 and 1)"
+    )
+    if (deviation > LARGE_DEVIATION).any() or (np.abs(mean) > 2 * LARGE_DEVIATION).any():
+        return (
+            f"the calibration samples are much larger than normalised images {measured}: are they "
+            "scaled twice, or pixels of 0…255 where preprocess.mean and std are for 0…1?"
+        )
+    if (deviation < SMALL_DEVIATION).all():
+        return (
+            f"the calibration samples hardly vary {measured}: are they blank, or divided by 255 "
+            "twice?"
+        )
+    if (np.abs(mean) > FAR_MEAN).all():
+        return (
+            f"the calibration samples are far from the training set {measured}: are they images of "
+            "another kind, or nearly all black or white?"
+        )
+    return None
+
+
+def activations(model: ModelProto) -> list[str]:
+    """Float tensors of the main graph that are no constants, in graph order.
+
+    Args:
+        model: with inferred shapes.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    infos = (*model.graph.input, *model.graph.value_info, *model.graph.output)
+    floats = {
+        info.name for info in infos if info.type.tensor_type.elem_type == TensorProto.FLOAT
+    } - constants
+    written = [name for node in model.graph.node for name in node.output]
+    ordered = [*(value.name for value in model.graph.input), *written]
+    return [name for name in dict.fromkeys(ordered) if name in floats]
+
+
+def steps(samples: Samples, size: int, *, fixed: bool = False) -> Iterator[Array]:
+    """The samples as contiguous float32 batches; with `fixed` the last one is filled up by
+    repeating its last sample, which changes no range."""
+    for start in range(0, len(samples), size):
+        batch = np.ascontiguousarray(samples[start : start + size], dtype=np.float32)
+        yield pad_batch(batch, size) if fixed else batch
+
+
+def input_name(session: ort.InferenceSession) -> str:
+    """Raises ExportError unless the model has exactly one input."""
+    inputs = [value.name for value in session.get_inputs()]
+    if len(inputs) != 1:
+        raise ExportError(
+            f"the model has the inputs {', '.join(inputs) or '(none)'}; expected exactly one, the "
+            "images. Export it with one input"
+        )
+    return str(inputs[0])
+
+
+def _quantized(model: ModelProto, names: list[str]) -> list[str]:
+    """Without the tensors that a Relu or Clip alone reads."""
+    readers = consumers(model)
+    outputs = {value.name for value in model.graph.output}
+    return [
+        name
+        for name in names
+        if name in outputs
+        or [node.op_type in ("Relu", "Clip") for node in readers.get(name, [])] != [True]
+    ]
+
+
+def _with_extremes(model: ModelProto, names: list[str]) -> ModelProto:
+    """Outputs instead: minimum and maximum of each tensor, scalars."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    del result.graph.output[:]
+    for index, name in enumerate(names):
+        for op in ("ReduceMin", "ReduceMax"):
+            output = f"{op}#{index}"
+            result.graph.node.append(onnx.helper.make_node(op, [name], [output], keepdims=0))
+            result.graph.output.append(
+                onnx.helper.make_tensor_value_info(output, TensorProto.FLOAT, [])
+            )
+    return result
+
+
+def _with_outputs(model: ModelProto, names: list[str]) -> ModelProto:
+    """Outputs instead: the tensors themselves. An input passes through Identity."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    del result.graph.output[:]
+    inputs = {value.name for value in model.graph.input}
+    for index, name in enumerate(names):
+        output = name
+        if name in inputs:
+            output = f"Identity#{index}"
+            result.graph.node.append(onnx.helper.make_node("Identity", [name], [output]))
+        result.graph.output.append(
+            onnx.helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
+        )
+    return result
+
+
+def _min_max(
+    session: ort.InferenceSession, names: list[str], samples: Samples, *, fixed: int | None
+) -> dict[str, Range]:
+    source = input_name(session)
+    lows, highs = np.zeros(len(names)), np.zeros(len(names))
+    first: Array | None = None
+    varied = False
+    for batch in steps(samples, fixed or STEP, fixed=fixed is not None):
+        if not np.isfinite(batch).all():
+            raise ExportError(
+                "calibration: the samples are not finite; look for NaN or infinity in the images "
+                "and in preprocess.mean and std"
+            )
+        first = batch[:1] if first is None else first
+        varied = varied or bool((batch != first).any())
+        extremes = np.array(session.run(None, {source: batch}), np.float64).reshape(-1, 2)
+        # NaN stays NaN, and is refused below
+        lows, highs = np.minimum(lows, extremes[:, 0]), np.maximum(highs, extremes[:, 1])
+    _refuse_constant(first, varied, count=len(samples))
+    for name, low, high in zip(names, lows, highs, strict=True):
+        if not np.isfinite([low, high]).all():
+            raise ExportError(
+                f"calibration: the values of {name!r} are not finite, so they have no range; look "
+                "for NaN or infinity in the weights"
+            )
+    return {n: (float(a), float(b)) for n, a, b in zip(names, lows, highs, strict=True)}
+
+
+def _refuse_constant(first: Array | None, varied: bool, *, count: int) -> None:
+    """One value everywhere, or the same image again and again, has no distribution."""
+    assert first is not None
+    if not varied and (count > 1 or float(first.min()) == float(first.max())):
+        raise ExportError(
+            f"calibration: all {count} samples are the same; expected images as the net sees them "
+            "in use. Check the paths under data.train and preprocess"
+        )
+
+
+def _histograms(
+    session: ort.InferenceSession, ranges: dict[str, Range], names: list[str], samples: Samples,
+    *, fixed: int | None,
+) -> dict[str, Array]:  # fmt: skip
+    """Counts of each tensor's values in BINS equal bins over its range, float64."""
+    source = input_name(session)
+    counts = {name: np.zeros(BINS) for name in names}
+    size = fixed or _affordable(session, source, samples)
+    for batch in steps(samples, size, fixed=fixed is not None):
+        for name, values in zip(names, session.run(None, {source: batch}), strict=True):
+            low, high = ranges[name]
+            place = (values.ravel() - np.float32(low)) * np.float32(BINS / (high - low))
+            np.clip(place, 0, BINS - 1, out=place)
+            counts[name] += np.bincount(place.astype(np.int16), minlength=BINS)
+    return counts
+
+
+def _affordable(session: ort.InferenceSession, source: str, samples: Samples) -> int:
+    one = session.run(None, {source: np.ascontiguousarray(samples[0:1], dtype=np.float32)})
+    size = sum(int(values.nbytes) for values in one)
+    return max(1, min(STEP, STEP_BYTES // max(1, size)))
+
+
+def _divergence(counts: Array, first: int, last: int) -> float:
+    inside = counts[first:last]
+    reference = inside.astype(np.float64)
+    reference[0] += counts[:first].sum()
+    reference[-1] += counts[last:].sum()
+    held = reference > 0
+    level = np.arange(last - first) * LEVELS // (last - first)
+    totals = np.bincount(level, inside, LEVELS)
+    bins = np.bincount(level, held, LEVELS)
+    averaged = np.where(held, totals[level] / np.maximum(bins[level], 1), 0.0)
+    if not averaged.any():
+        return float(np.inf)
+    p, q = _smooth(reference), _smooth(averaged)
+    return float((p * np.log(p / q)).sum())
+
+
+def _smooth(counts: Array) -> Array:
+    """Probabilities, none of them 0."""
+    share = counts / counts.sum()
+    share = np.where(share > 0, share, SMOOTHING)
+    smoothed: Array = share / share.sum()
+    return smoothed
+
+
+def _squared_error(moments: Array, centres: Array, low: float, high: float) -> float:
+    """Σ count · (x - x̂)², from the cumulative zeroth, first and second moments."""
+    scale, zero_point = scale_and_zero_point(low, high)
+    levels = float(scale) * (np.arange(LEVELS) - int(zero_point))
+    borders = np.searchsorted(centres, (levels[1:] + levels[:-1]) / 2)
+    cells = np.diff(moments[:, np.concatenate([[0], borders, [len(centres)]])], axis=1)
+    return float((cells[2] - 2 * levels * cells[1] + levels**2 * cells[0]).sum())
