@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..pipeline.errors import ModelError
 from . import zoo
+from .plan import Plan
 from .program import open_program
 from .user_code import UserFolder, blaming, call_factory, open_factory
 
@@ -37,6 +38,7 @@ class Network:
     trainable: bool
     sources: tuple[Path, ...] = ()  # the user's own files it was built from, for hashing
     fixed_batch: int | None = None  # a .pt2 captured for one batch size runs with no other
+    plan: Plan | None = None  # what pruning left of what the factory builds; None: all of it
 
 
 def open_network(

@@ -1,8 +1,8 @@
 """A network on disk: everything needed to build and use it again, in bytes that depend on nothing
 else.
 
-    network.json        reference, args, classes, input shape, class names, preprocessing, and the
-                        sha256 of the file with the weights
+    network.json        reference, args, classes, input shape, class names, preprocessing, the
+                        sha256 of the file with the weights, and of a pruned network its plan
     model.safetensors   the weights; a tied tensor once
     program.pt2         instead of it, for a network that came as one
 
@@ -23,6 +23,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from ..pipeline.errors import IntegrityError, ModelError
+from .plan import Plan, apply_plan
 from .source import Network, open_network
 from .weights import load_weights, read_state
 
@@ -75,6 +76,8 @@ def save_network(
         "weights": name,
         "weights_sha256": hashlib.sha256(content).hexdigest(),
     }
+    if network.plan is not None:
+        document["plan"] = network.plan.to_json()
     try:
         text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -97,7 +100,8 @@ def load_network(folder: Path) -> StoredNetwork:
         document = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         path = folder / document["weights"]
         content = path.read_bytes()
-    except (OSError, ValueError, KeyError) as error:
+        plan = Plan.from_json(document["plan"]) if "plan" in document else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{folder}: no stored network can be read here: {error}") from error
     if document["version"] != VERSION:
         raise IntegrityError(
@@ -116,6 +120,9 @@ def load_network(folder: Path) -> StoredNetwork:
         input_shape=(shape[0], shape[1], shape[2]),
         seed=0,  # every weight is replaced below
     )
+    if plan is not None:
+        apply_plan(network.module, plan)
+        network = replace(network, plan=plan)
     if not is_program:
         load_weights(network.module, read_state(path), head="keep", where=str(path))
     return StoredNetwork(
