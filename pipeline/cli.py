@@ -9,10 +9,10 @@ import errno
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,7 +21,8 @@ from .errors import EdgestillError, Interrupted, RecipeError, UsageError, UserEr
 from .stage import launched
 
 if TYPE_CHECKING:
-    from .recipe import GateSpec
+    from .file_recipe import Given
+    from .recipe import GateSpec, Recipe
     from .report import Report
 
 # What the operating system says when the user's disk or folder is at fault, not we.
@@ -72,41 +73,107 @@ def cli() -> None:
     """Make a small .onnx of a large teacher or a trained net, and prove that it is good enough."""
 
 
+SHARED_OPTIONS = (
+    click.option(
+        "-o",
+        "--out",
+        default="out",
+        show_default=True,
+        type=click.Path(path_type=Path),
+        help="Output folder; its .edgestill keeps finished stages.",
+    ),
+    click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override a key of the recipe, e.g. distill.epochs=5. Repeatable.",
+    ),
+    click.option("--fresh", is_flag=True, help="Forget stored stages and begin anew."),
+    click.option("-q", "--quiet", is_flag=True, help="Print only the verdict."),
+    click.option("--log-json", is_flag=True, help="Print one JSON object a line, for machines."),
+)
+
+
+# How the images of a file that somebody else exported are prepared.
+PREPARATION_OPTIONS = (
+    click.option("--mean", metavar="LIST", help="Of the training, in units of pixel / 255."),
+    click.option("--std", metavar="LIST", help="Likewise."),
+    click.option("--resize", type=click.IntRange(min=1), help="Shorter side, in pixels."),
+    click.option("--crop", type=click.IntRange(min=1), help="Centre crop, in pixels."),
+)
+
+
+def _preparation(command: Callable[..., int]) -> Callable[..., int]:
+    for option in reversed(PREPARATION_OPTIONS):
+        command = option(command)
+    return command
+
+
+def _shared(command: Callable[..., int]) -> Callable[..., int]:
+    """The options of every command that makes a model."""
+    for option in reversed(SHARED_OPTIONS):
+        command = option(command)
+    return command
+
+
 @cli.command()
 @click.argument("recipe", default="digits")
-@click.option(
-    "-o",
-    "--out",
-    default="out",
-    show_default=True,
-    type=click.Path(path_type=Path),
-    help="Output folder; its .edgestill keeps finished stages.",
-)
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a key of the recipe, e.g. distill.epochs=5. Repeatable.",
-)
-@click.option("--fresh", is_flag=True, help="Forget stored stages and begin anew.")
-@click.option("-q", "--quiet", is_flag=True, help="Print only the verdict.")
-@click.option("--log-json", is_flag=True, help="Print one JSON object a line, for machines.")
-def run(
-    recipe: str, out: Path, overrides: tuple[str, ...], fresh: bool, quiet: bool, log_json: bool
-) -> int:
+@_shared
+def run(recipe: str, **shared: Any) -> int:
     """Make, prove and publish the model that RECIPE (a file or a shipped name) asks for."""
     from .recipe_file import load_recipe
 
-    wish = load_recipe(recipe, overrides=overrides)
+    wish = load_recipe(recipe, overrides=shared.pop("overrides"))
+    return _follow(wish, recipe, **shared)
 
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--data", required=True, help="Image folder, .parquet, or digits; with labels.")
+@click.option("--test", help="Test set, if apart from --data.")
+@click.option(
+    "--targets",
+    default="arm,x86",
+    show_default=True,
+    metavar="LIST",
+    help="CPUs that must compute the same: arm, x86, x86-vnni.",
+)
+@_preparation
+@_shared
+def quantize(
+    model: Path,
+    data: str,
+    test: str | None,
+    targets: str,
+    mean: str | None,
+    std: str | None,
+    resize: int | None,
+    crop: int | None,
+    **shared: Any,
+) -> int:
+    """Make int8 of a float MODEL.onnx of your own, prove it and publish it. Needs no torch."""
+    from .file_recipe import recipe_for_file
+
+    given = _given(data, test, mean=mean, std=std, resize=resize, crop=crop)
+    overrides = shared.pop("overrides")
+    wish = recipe_for_file(model, given, targets=targets.split(","), overrides=overrides)
+    return _follow(wish, str(model), **shared)
+
+
+def _follow(wish: Recipe, name: str, out: Path, *, fresh: bool, quiet: bool, log_json: bool) -> int:
+    """Do what a recipe asks for, and say what came of it."""
     from .console import Console
-    from .flow import run as run_flow
     from .release import MODEL, REJECTED
 
+    run_flow: Callable[..., Report | None]
+    if wish.student.is_onnx:
+        from .file_flow import run as run_flow
+    else:
+        from .flow import run as run_flow
     helps = not launched().leads  # one of torchrun's processes: the first speaks
     with Console(quiet=quiet or helps, log_json=log_json and not helps) as console:
-        console.say(f"edgestill {__version__}: {recipe} → {out}")
+        console.say(f"edgestill {__version__}: {name} → {out}")
         report = run_flow(wish, out, events=console, fresh=fresh)
     if report is None:
         return 0  # a process that helped with training; the first one reports
@@ -114,6 +181,36 @@ def run(
     passed = report.verdict.outcome == "pass"
     console.verdict(report, where=str(out / (MODEL if passed else REJECTED)))
     return report.verdict.exit_code
+
+
+def _given(
+    data: str,
+    test: str | None,
+    *,
+    mean: str | None,
+    std: str | None,
+    resize: int | None,
+    crop: int | None,
+) -> Given:
+    from .file_recipe import Given
+
+    return Given(
+        data,
+        test,
+        mean=_numbers("--mean", mean),
+        std=_numbers("--std", std),
+        resize=resize,
+        crop=crop,
+    )
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"{option}: expected numbers with commas between them, got {text!r}"
+        ) from None
 
 
 @cli.command()
@@ -144,6 +241,27 @@ def init(
 
     for line in write_recipe(model, weights=weights, data=data, test=test, size=size, out=out):
         click.echo(line)
+    return 0
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--data", help="Images to measure shares of time and saturation with.")
+@_preparation
+def verify(model: Path, data: str | None, **preparation: Any) -> int:
+    """Audit MODEL.onnx: what runs in int8 kernels on this machine, what does not, and why."""
+    from .file_recipe import preprocess_of
+    from .measure.machine import available_threads
+    from .recipe import PreprocessSpec
+    from .verify.file import audit_file
+
+    preprocess = None
+    if data is not None:
+        said = preprocess_of(model, _given(data, None, **preparation))
+        preprocess = PreprocessSpec.model_validate(said)
+    threads = available_threads()
+    folder = None if data is None else Path(data)
+    click.echo(audit_file(model, data=folder, preprocess=preprocess, threads=threads))
     return 0
 
 

@@ -41,9 +41,25 @@ def _network_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
             "learnt; add one of them",
         ),
         (
+            any(t.is_onnx for t in teachers),
+            "teacher.model: an .onnx file cannot teach here; give the network it was exported from",
+        ),
+        (
+            student.is_onnx
+            and any(
+                (teachers, distill, recipe.prune, student.train, student.weights, student.args)
+            ),
+            "student.model: an .onnx file can only be quantized, proven and timed; leave out "
+            "teacher, distill, prune, train, weights and args, or give FILE.py:factory",
+        ),
+        (
             student.is_program and (student.train is not None or distill is not None),
             "student.model: a .pt2 program cannot be trained; give FILE.py:factory, or leave out "
             "teacher, distill and train to export it as it is",
+        ),
+        (
+            student.is_program and recipe.prune is not None,
+            "prune: a .pt2 program cannot be cut; give FILE.py:factory and its weights",
         ),
         (
             any(t.is_program and t.train is not None for t in teachers),
@@ -177,6 +193,11 @@ def _gate_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
             gate.max_quantization_drop_points is not None and recipe.quantize is None,
             "gate.max_quantization_drop_points: nothing is quantized, so it would never be "
             "measured; add a `quantize:` section or remove the limit",
+        ),
+        (
+            gate.min_int8_share is not None and recipe.quantize is None,
+            "gate.min_int8_share: nothing is quantized, so the share is 0; add a `quantize:` "
+            "section or remove the limit",
         ),
         (
             gate.min_speedup is not None and recipe.profile is None,

@@ -7,7 +7,6 @@ ladder (`verify/parity.py`) compares both files with torch afterwards.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from ..exporters.simplify import simplify
 from ..exporters.stamp import stamp, write_model
 from ..exporters.to_onnx import export_onnx, program_batch
 from ..models.store import PROGRAM, load_network
-from .data.dataset import Data, open_data
-from .data.preprocess import preprocess_metadata, to_input
+from .data.dataset import open_data
+from .data.preprocess import describe, to_input
 from .errors import ExportError
 from .recipe import ExportSpec
 from .stage import Context
@@ -85,7 +84,7 @@ def export_float(
     final = stamp(
         simplified.model,
         min_runtime=spec.min_runtime,
-        metadata={**_describe(data), **metadata},
+        metadata={**describe(data.class_names, data.preprocess), **metadata},
     )
     write_model(final, path)
     context.events.progress(3, 3)
@@ -113,13 +112,3 @@ def _program(folder: Path) -> ExportedProgram | None:
         return None
     with quiet():
         return torch.export.load(path)
-
-
-def _describe(data: Data) -> dict[str, str]:
-    """What someone needs to run the file without us, as JSON."""
-    return {
-        "edgestill.class_names": json.dumps(list(data.class_names), ensure_ascii=False),
-        "edgestill.preprocess": json.dumps(
-            preprocess_metadata(data.preprocess), sort_keys=True, ensure_ascii=False
-        ),
-    }

@@ -1,16 +1,18 @@
-"""THE flow: data → teachers → soft labels → student → export → int8 → verify → latency → gate.
+"""THE flow: data → teachers → soft labels → student → pruned → export → int8 → choice → verify →
+latency → gate.
 
 Reads like the sentence that describes the product, and owns the order: the recipe's sections are
-wishes, not steps. What each stage reads (and so when it is recalled) is in `steps.py` and
-`learning.py`.
+wishes, not steps. Its end, from the choice on, is in `delivery.py`: a float file that somebody else
+exported (`file_flow.py`) is proven in the same way. What each stage reads, and so when it is
+recalled, is in `learning.py`, `steps.py` and `candidates.py`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from . import learning, record, release, steps
-from .gate import judge
+from . import candidates, learning, release, steps
+from .delivery import deliver
 from .recipe import Recipe
 from .report import Report
 from .stage import Artifact, Events, Silent
@@ -44,29 +46,22 @@ def run(
 
         data = steps.prepare_data(work)
         learning.check_before_training(work, data)
+        steps.say_what_can_be_proven(work, data)
 
         teachers = learning.prepare_teachers(work, data)
         student = learn(work, data, teachers)
+        pruned = prune(work, data, teachers, student) if recipe.prune else []
         baseline = learning.train_baseline(work, data)
         teacher = learning.reference_teacher(work, teachers, student)
         if not world.leads:
             return None  # the others have trained their share
         work = alone(work)
 
-        floating = steps.export_student(work, data, student)
-        deployed = steps.quantize(work, data, floating) if recipe.quantize else floating
-
+        tried = candidates.make(work, data, [*pruned, student])
         reference = steps.export_teacher(work, data, teacher) if teacher else None
-        models = record.Models(teacher, student, floating, deployed, reference, baseline)
-        evidence = steps.verify(work, data, models)
-        latency = steps.measure_latency(work, data, models) if recipe.profile else None
-
-        report = record.write_report(
-            recipe, data, models, evidence, latency, done=work.done, notes=work.notes
+        return deliver(
+            work, data, tried, folder, teacher=teacher, teacher_onnx=reference, baseline=baseline
         )
-        report = report.model_copy(update={"verdict": judge(report, recipe.gate)})
-        record.publish(folder, models, evidence, report)
-    return report
 
 
 def learn(work: Work, data: Artifact, teachers: list[Artifact]) -> Artifact:
@@ -77,3 +72,18 @@ def learn(work: Work, data: Artifact, teachers: list[Artifact]) -> Artifact:
         student = learning.train_student(work, data, teachers, labels, generation=generation)
         teachers = [student]
     return student
+
+
+def prune(work: Work, data: Artifact, teachers: list[Artifact], dense: Artifact) -> list[Artifact]:
+    """Smaller networks: cut step by step, and what a step leaves is taught again."""
+    spec = work.recipe.prune
+    assert spec is not None
+    network = dense
+    for step in range(1, spec.steps):
+        best, *_ = steps.prune(work, data, network, dense, step=step)
+        network = learning.recover(work, data, teachers, dense, best, name=f"recovered-{step}")
+    cut = steps.prune(work, data, network, dense, step=spec.steps)
+    return [
+        learning.recover(work, data, teachers, dense, one, name=f"pruned-{number}")
+        for number, one in enumerate(cut, start=1)
+    ]

@@ -19,7 +19,7 @@ import math
 from statistics import NormalDist
 
 from .recipe import GateSpec
-from .report import Check, Outcome, PairRecord, Report, Verdict
+from .report import Check, Outcome, PairRecord, Report, Role, Verdict
 
 EXIT_CODES: dict[Outcome, int] = {"pass": 0, "fail": 1, "inconclusive": 3, "invalid": 4}
 PRECEDENCE: tuple[Outcome, ...] = ("fail", "invalid", "inconclusive", "pass")
@@ -28,7 +28,7 @@ POWER = 0.80  # of the n that a verdict asks for (profiling.md's table uses the 
 
 def judge(report: Report, policy: GateSpec) -> Verdict:
     """Every check of `policy` on `report`, and what they say together."""
-    checks = [_parity(report)]
+    checks = [_parity(report), *_budget(report)]
     if policy.max_drop_points is not None:
         checks.append(
             _drop(
@@ -46,11 +46,13 @@ def judge(report: Report, policy: GateSpec) -> Verdict:
                 report,
                 policy.max_quantization_drop_points,
                 policy.confidence,
-                reference="student",
+                reference=_float_role(report),
             )
         )
     if policy.min_speedup is not None:
         checks.append(_speedup(report, policy.min_speedup))
+    if policy.min_int8_share is not None:
+        checks.append(_int8_share(report, policy.min_int8_share))
     outcome = next(o for o in PRECEDENCE if any(check.outcome == o for check in checks))
     return Verdict(
         outcome=outcome,
@@ -60,14 +62,21 @@ def judge(report: Report, policy: GateSpec) -> Verdict:
     )
 
 
+def _float_role(report: Report) -> Role:
+    """The float model that int8 was made from: in torch, or the file that was given."""
+    return "float" if report.reference == "float" else "student"
+
+
 def unmeasured(report: Report, policy: GateSpec) -> list[str]:
     """Limits of `policy` that nothing in `report` can answer, each with what to do."""
     problems = []
-    if policy.max_quantization_drop_points is not None and report.deployed != "int8":
-        problems.append(
-            "max_quantization_drop_points: this run quantized nothing; remove the limit, or run "
-            "again with a `quantize:` section"
-        )
+    is_quantized = report.recipe.get("quantize") is not None
+    for limit in ("max_quantization_drop_points", "min_int8_share"):
+        if getattr(policy, limit) is not None and not is_quantized:
+            problems.append(
+                f"{limit}: this run quantized nothing; remove the limit, or run again with a "
+                "`quantize:` section"
+            )
     if policy.min_speedup is not None and report.speedup is None:
         problems.append(
             "min_speedup: this run measured no latency; remove the limit, or run again with a "
@@ -143,9 +152,9 @@ def needed_samples(pair: PairRecord, *, limit: float, confidence: float) -> int 
 
 
 def _drop(
-    name: str, report: Report, limit_points: float, confidence: float, *, reference: str
+    name: str, report: Report, limit_points: float, confidence: float, *, reference: Role
 ) -> Check:
-    pair = report.pair(reference, report.deployed)  # type: ignore[arg-type]
+    pair = report.pair(reference, report.deployed)
     shared = {"name": name, "limit": limit_points, "unit": "points", "confidence": confidence}
     if pair is None or pair.n == 0:
         return Check(
@@ -215,6 +224,39 @@ def _speedup(report: Report, limit: float) -> Check:
         confidence=0.95,
         text=text,
     )
+
+
+def _int8_share(report: Report, limit: float) -> Check:
+    """Of the file that is judged; counted in the graph that onnxruntime ran here."""
+    share = report.candidates[report.selection.index].int8_share
+    return Check(
+        name="min_int8_share",
+        outcome="invalid" if not math.isfinite(share) else "pass" if share >= limit else "fail",
+        value=share,
+        bound=None,
+        limit=limit,
+        unit="of multiply-adds",
+        text=f"{100 * share:.1f} % of the multiply-adds run in int8 kernels, floor "
+        f"{100 * limit:g} %",
+    )
+
+
+def _budget(report: Report) -> list[Check]:
+    """Nothing ships that validation has shown to be beyond the budget, whatever the test says."""
+    if report.selection.held:
+        return []
+    return [
+        Check(
+            name="budget",
+            outcome="fail" if report.selection.refused else "pass",
+            value=None,
+            bound=None,
+            limit=None,
+            unit="points",
+            text=report.selection.why
+            + ("" if report.selection.refused else ", which chance explains: the test set decides"),
+        )
+    ]
 
 
 def _parity(report: Report) -> Check:

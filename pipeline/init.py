@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
@@ -21,17 +18,14 @@ from PIL import Image
 
 from ..models.source import Network, open_network
 from ..models.weights import load_weights, read_state
-from .data.decode import decode_in_thread, quiet
-from .data.preprocess import canvas_size, centre_crop, input_size, to_canvas, to_input
+from .data.look import Look, inputs_of, look_at, source_at
 from .data.readers import open_source
-from .data.source import NO_LABEL, Source
-from .errors import DataError, OutputError
+from .errors import OutputError
 from .gate import provable_drop
 from .measure.accuracy import run_module
-from .recipe import PreprocessSpec, SourceSpec
+from .recipe import PreprocessSpec
 from .workspace import write_atomically
 
-LOOKED_AT = 256  # images opened, spread over the set
 BATCH = 32
 TEST_FRACTION = 0.2
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -48,23 +42,6 @@ LIMITS = (1.0, 1.5, 2.0, 3.0, 5.0)  # points; the first that the test set can de
 USUAL_FLIPS = 0.04  # share of answers that int8 usually changes on nets of a few classes
 
 
-@dataclass(frozen=True)
-class _Look:
-    """What was found: a sample of the images, and the whole set's labels."""
-
-    source: Source
-    images: list[Image.Image]
-    labels: list[int]
-
-    @property
-    def sizes(self) -> set[tuple[int, int]]:
-        return {(image.height, image.width) for image in self.images}
-
-    @property
-    def usual_side(self) -> int:
-        return int(median(min(size) for size in ((i.height, i.width) for i in self.images)))
-
-
 def write_recipe(
     model: str, *, weights: Path | None, data: Path, test: Path | None, size: int | None, out: Path
 ) -> list[str]:
@@ -75,12 +52,12 @@ def write_recipe(
     """
     if out.exists():
         raise OutputError(f"{out}: exists already and is not overwritten; choose another with -o")
-    look = _look(data)
+    look = look_at(source_at(data))
     side = size or look.usual_side
     base = out.resolve().parent
     lines = [_describe(look, data)]
     n_test = (
-        len(open_source(_source(test)).labels)
+        len(open_source(source_at(test)).labels)
         if test
         else round(TEST_FRACTION * len(look.source.labels))
     )
@@ -101,30 +78,7 @@ def write_recipe(
     return [*lines, f"wrote {out}; next: compress run {out}"]
 
 
-def _look(data: Path) -> _Look:
-    source = open_source(_source(data))
-    stride = max(1, len(source.labels) // LOOKED_AT)
-    images, labels = [], []
-    with quiet():
-        for index, encoded in islice(enumerate(source.images()), 0, None, stride):
-            if source.labels[index] == NO_LABEL or encoded is None:
-                continue
-            if isinstance(encoded, np.ndarray):
-                images.append(Image.fromarray(encoded))
-            else:
-                content = encoded.read_bytes() if isinstance(encoded, Path) else encoded
-                images.append(decode_in_thread(content, where=source.names[index]))
-            labels.append(int(source.labels[index]))
-    if not images:
-        raise DataError(f"{data}: no image of {len(source.labels)} could be looked at")
-    return _Look(source, images, labels)
-
-
-def _source(path: Path) -> SourceSpec:
-    return SourceSpec(path=str(path) if str(path) == "digits" else str(path.expanduser().resolve()))
-
-
-def _describe(look: _Look, data: Path) -> str:
+def _describe(look: Look, data: Path) -> str:
     counts = np.bincount(look.source.labels[look.source.labels >= 0])
     heights, widths = zip(*look.sizes, strict=True)
     shape = (
@@ -144,7 +98,7 @@ def _limit(n_test: int) -> float:
 
 
 def _preprocess(
-    model: str, weights: Path | None, *, look: _Look, side: int
+    model: str, weights: Path | None, *, look: Look, side: int
 ) -> tuple[PreprocessSpec | None, str]:
     """The section to write, and why; None where nothing is needed."""
     resize = None if look.sizes == {(side, side)} else round(side * 8 / 7)  # 256 for 224
@@ -170,7 +124,7 @@ def _convention(name: str, resize: int | None, side: int) -> PreprocessSpec:
 
 
 def _measure(
-    model: str, weights: Path | None, *, look: _Look, resize: int | None, side: int
+    model: str, weights: Path | None, *, look: Look, resize: int | None, side: int
 ) -> Iterator[tuple[str, float]]:
     reference = _absolute_model(model, Path.cwd())
     shape = (3, side, side)
@@ -189,11 +143,7 @@ def _measure(
 def _answers(
     network: Network, images: list[Image.Image], spec: PreprocessSpec
 ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    pixels = []
-    for image in images:
-        canvas = canvas_size(spec, (image.height, image.width))
-        pixels.append(centre_crop(to_canvas(image, spec, canvas)[None], input_size(spec, canvas)))
-    inputs = torch.from_numpy(to_input(np.concatenate(pixels), spec))
+    inputs = torch.from_numpy(inputs_of(images, spec))
     with torch.inference_mode():
         answers = [
             run_module(network.module, batch, fixed_batch=network.fixed_batch).argmax(1)

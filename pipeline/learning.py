@@ -21,17 +21,17 @@ from .distill.labels import store_labels as store
 from .distill.student import JOINT_TEACHER, Lessons, check_lessons
 from .distill.student import train_student as train
 from .distill.teacher import prepare_teacher as teach
-from .gate import provable_drop
 from .recipe import NetworkSpec, Recipe, TeacherSpec
 from .stage import Artifact
 from .strategy import Plan, choose
-from .training_spec import DistillSpec, TrainSpec
+from .train.schedule import peak_lr
+from .training_spec import TAUGHT, DistillSpec, TrainSpec
 from .work import Work, memory_budget, network_reads, numbered, open_sets, run_stage
-from .workspace import file_sha256
+from .workspace import file_sha256, tree_sha256
 
 
 def check_before_training(work: Work, data: Artifact) -> None:
-    """Everything that can be known to fail later is said now; so is what the test set can prove."""
+    """Everything that can be known to fail later is said now."""
     opened = open_sets(work, data)
     teachers = {numbered("teacher", i): spec for i, spec in enumerate(work.recipe.teachers)}
     modules = {}
@@ -41,20 +41,6 @@ def check_before_training(work: Work, data: Artifact) -> None:
         student = modules.pop("student")
         by = list(modules.values()) or [student]  # its own former generation
         check_lessons(_plan(work), student, by, input_shape=opened.input_shape)
-    gate, n = work.recipe.gate, len(opened.test.labels)
-    if gate.max_drop_points is not None:
-        perfect, usual = (
-            100 * provable_drop(n, flips=flips, confidence=gate.confidence) for flips in (0.0, 0.04)
-        )
-        text = (
-            f"{n} test samples can prove a drop of at most {perfect:.2f} points for a model that "
-            f"answers as its reference does, {usual:.2f} where 4 % of the answers differ "
-            f"(limit {gate.max_drop_points:g}, confidence {gate.confidence:g})"
-        )
-        if perfect > gate.max_drop_points:
-            text += ": too few samples for this limit, so the gate cannot pass"
-        work.notes.append(text)
-        work.workspace.events.note(text)
 
 
 def prepare_teachers(work: Work, data: Artifact) -> list[Artifact]:
@@ -85,8 +71,13 @@ def store_labels(
     """The soft labels of each teacher, where the student learns from stored ones."""
     if not teachers or _plan(work).target != "stored":
         return []
-    spec = _distill(work)
     name = "labels" if generation == 1 else f"labels-generation-{generation}"
+    return _labels(work, data, teachers, _distill(work), name=name)
+
+
+def _labels(
+    work: Work, data: Artifact, teachers: Sequence[Artifact], spec: DistillSpec, *, name: str
+) -> list[Artifact]:
     return [
         _store_labels(work, data, numbered(name, index), teacher, spec)
         for index, teacher in enumerate(teachers)
@@ -156,6 +147,64 @@ def train_student(
         },
         together=True,
     )
+
+
+def recover(
+    work: Work,
+    data: Artifact,
+    teachers: Sequence[Artifact],
+    dense: Artifact,
+    cut: Path,
+    *,
+    name: str,
+) -> Artifact:
+    """The network in `cut`, of which channels or blocks were taken, taught again.
+
+    Its teachers are the recipe's, by the recipe's objectives; where there are none, or the student
+    taught itself, it is what it was before it was cut.
+    """
+    taught = work.recipe.distill is not None and choose(work.recipe.distill).target in TAUGHT
+    by = list(teachers) if teachers and taught else [dense]
+    spec = _recovery(work.recipe, alone=by == [dense])
+    plan = choose(spec)
+    labels = []
+    if plan.target == "stored":
+        stem = "labels" if by != [dense] else "labels-dense"
+        labels = _labels(work, data, by, spec, name=stem)
+    lessons = Lessons(
+        spec, plan, stores=tuple(one.path for one in labels), teachers=tuple(one.path for one in by)
+    )
+    student = work.recipe.student
+    return run_stage(
+        work,
+        name,
+        lambda context: train(
+            student, lessons, data.path, context=context, start=cut,
+            memory_budget_bytes=memory_budget(work),
+        ),
+        reads=network_reads(work, "student", student, data)
+        | {
+            "distill": spec.model_dump(mode="json"),
+            "labels": [one.sha256 for one in labels],
+            "teachers": [one.sha256 for one in by],
+            "cut": tree_sha256(cut),
+        },
+        together=True,
+    )  # fmt: skip
+
+
+def _recovery(recipe: Recipe, *, alone: bool) -> DistillSpec:
+    """The schedule of before, shorter and gentler. `alone`: with the default objectives."""
+    assert recipe.prune is not None
+    before = recipe.distill or recipe.student.train or TrainSpec()
+    fields = {name: getattr(before, name) for name in TrainSpec.model_fields}
+    if isinstance(before, DistillSpec):
+        own = set() if not alone else {"strategy", "objectives", "target", "combine", "generations"}
+        more = set(DistillSpec.model_fields) - set(TrainSpec.model_fields) - own
+        fields |= {name: getattr(before, name) for name in more}
+    wish = recipe.prune.recover
+    fields |= {"epochs": wish.epochs, "lr": wish.lr or peak_lr(before) / 5, "generations": 1}
+    return DistillSpec.model_validate(fields)
 
 
 def train_baseline(work: Work, data: Artifact) -> Artifact | None:

@@ -110,7 +110,7 @@ class DataSpec(Spec):
 
 
 class NetworkSpec(Spec):
-    """Where a network comes from: a zoo name, FILE.py:factory, or FILE.pt2."""
+    """Where a network comes from: a zoo name, FILE.py:factory, FILE.pt2; a student: FILE.onnx."""
 
     model: str
     args: dict[str, Any] = Field(default_factory=dict)  # passed to the factory
@@ -123,8 +123,12 @@ class NetworkSpec(Spec):
         return self.model.endswith(".pt2")
 
     @property
+    def is_onnx(self) -> bool:
+        return self.model.endswith(".onnx")
+
+    @property
     def is_trained(self) -> bool:
-        return self.weights is not None or self.is_program
+        return self.weights is not None or self.is_program or self.is_onnx
 
 
 class TeacherSpec(NetworkSpec):
@@ -135,12 +139,84 @@ class StudentSpec(NetworkSpec):
     pass
 
 
+class RecoverSpec(Spec):
+    """How what is left learns again; all else is as in `distill`, or in `student.train`."""
+
+    epochs: Size = 10
+    lr: Positive | None = None  # None: a fifth of the peak it was trained with
+
+
+class PruneSpec(Spec):
+    """Whole channels, attention heads, FFN units and blocks leave; the rest is taught to recover.
+
+    One target is named: the share that stays of multiply-adds, of parameters, or of latency (p50
+    of the float ONNX here, batch 1, one thread).
+    """
+
+    macs: Fraction | None = None
+    parameters: Fraction | None = None
+    latency: Fraction | None = None
+    importance: Literal["l2", "taylor", "bn"] = "l2"
+    blocks: bool = True  # whole residual blocks may leave too
+    protect: tuple[str, ...] = ()  # module paths, globs allowed; left as they are
+    round_to: Size = 8  # channel counts are multiples of it, as vector kernels like them
+    steps: Annotated[int, Field(ge=1, le=10)] = 1  # towards the target, each with its recovery
+    candidates: Annotated[int, Field(ge=1, le=5)] = 2  # of the search that recover to the end
+    recover: RecoverSpec = RecoverSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _structured(cls, data: object) -> object:
+        if isinstance(data, dict) and {"sparsity", "unstructured"} & set(data):
+            raise ValueError(
+                "unstructured sparsity is not offered: no CPU kernel of onnxruntime skips zeros, "
+                "so the file would be no faster; name the share that stays: macs: 0.5"
+            )
+        return data
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        named = [n for n in ("macs", "parameters", "latency") if getattr(self, n) is not None]
+        if len(named) != 1:
+            raise ValueError(
+                f"name one of macs, parameters, latency (the share that stays), got "
+                f"{' and '.join(named) or 'none'}"
+            )
+        return self
+
+    @property
+    def target(self) -> tuple[Literal["macs", "parameters", "latency"], float]:
+        """What is counted, and the share of it that stays."""
+        if self.macs is not None:
+            return "macs", self.macs
+        if self.parameters is not None:
+            return "parameters", self.parameters
+        assert self.latency is not None
+        return "latency", self.latency
+
+
+class QatSpec(Spec):
+    """Training with the rounding in the loop, taught by the float model itself."""
+
+    epochs: Size = 3
+    batch_size: Size = 128
+    lr: Positive = 0.005
+    ranges: Literal["learned", "ema"] = "learned"  # of activations
+
+
 class QuantizeSpec(Spec):
     """Static int8. The targets decide the encoding, so that every one of them computes the same."""
 
-    mode: Literal["ptq"] = "ptq"
+    mode: Literal["ptq", "qat"] = "ptq"  # ptq: QAT is tried where nothing else keeps the accuracy
     targets: tuple[Literal["arm", "x86", "x86-vnni"], ...] = Field(("arm", "x86"), min_length=1)
-    calibrator: Literal["minmax", "percentile"] = "minmax"
+    calibrator: Literal["minmax", "percentile", "entropy", "mse"] = "minmax"
+    equalize: bool = False  # cross-layer equalization, exact before rounding
+    correct_bias: bool = False
+    keep_float: tuple[str, ...] = ()  # node names of the float graph, globs allowed
+    # against the float model, on validation; beyond it layers return to float, then QAT is tried
+    max_drop_points: Annotated[float, Field(ge=0, le=100)] = 0.5
+    fallback: bool = True
+    qat: QatSpec | None = QatSpec()  # null: never
 
 
 def _dotted(value: object) -> object:
@@ -182,11 +258,17 @@ class GateSpec(Spec):
     max_drop_points: Annotated[float | None, Field(ge=0, le=100)] = 1.0
     max_quantization_drop_points: Annotated[float | None, Field(ge=0, le=100)] = None
     min_speedup: Positive | None = None
+    min_int8_share: Fraction | None = None  # of multiply-adds, in int8 kernels
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
 
     @model_validator(mode="after")
     def _judges_something(self) -> Self:
-        limits = (self.max_drop_points, self.max_quantization_drop_points, self.min_speedup)
+        limits = (
+            self.max_drop_points,
+            self.max_quantization_drop_points,
+            self.min_speedup,
+            self.min_int8_share,
+        )
         if all(limit is None for limit in limits):
             raise ValueError("every limit is null: a gate that judges nothing would pass anything")
         return self
@@ -210,6 +292,7 @@ class Recipe(Spec):
     teacher: _Teachers | None = None  # a list: several teachers, the first is the reference
     student: StudentSpec
     distill: DistillSpec | None = None
+    prune: PruneSpec | None = None
     quantize: QuantizeSpec | None = None
     export: ExportSpec = ExportSpec()
     profile: ProfileSpec | None = ProfileSpec()

@@ -49,6 +49,15 @@ def load_recipe(name: str, *, overrides: Sequence[str] = ()) -> Recipe:
     path, base = _find(name)
     document = _read(path, path.name)
     _resolve_paths(document.data, (), base)
+    return complete(document, overrides=overrides)
+
+
+def complete(document: Document, *, overrides: Sequence[str] = ()) -> Recipe:
+    """A document whose paths are resolved, with the overrides, as a recipe.
+
+    Raises:
+        RecipeError: anything in it is wrong (all problems at once).
+    """
     for text in overrides:
         _override(document, text)
     return validate(Recipe, document)
@@ -186,7 +195,7 @@ def _resolve_paths(
 
 
 def _absolute(value: str, base: Path, *, is_model: bool) -> str:
-    if is_model and not (value.endswith(".pt2") or ".py:" in value):
+    if is_model and not (value.endswith((".pt2", ".onnx")) or ".py:" in value):
         return value  # a zoo name
     if not is_model and value in BUILT_IN_DATA:
         return value

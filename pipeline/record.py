@@ -15,24 +15,69 @@ from .. import __version__
 from . import release
 from .measure.machine import describe_machine
 from .recipe import Recipe
-from .report import LatencyRecord, Report, Role, SpeedupRecord, StageRecord, to_markdown
+from .report import (
+    CandidateRecord,
+    LatencyRecord,
+    Report,
+    Role,
+    SelectionRecord,
+    SpeedupRecord,
+    StageRecord,
+    to_markdown,
+)
 from .stage import Artifact
 from .workspace import file_sha256
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A file that could ship. `deployed` is `floating` itself where it is float.
+
+    `student` is the network in torch, None where a float file was given.
+    """
+
+    name: str
+    student: Artifact | None
+    floating: Artifact
+    deployed: Artifact
+
+    @property
+    def trained(self) -> Artifact:
+        """What was measured on validation before int8."""
+        return self.student or self.floating
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.deployed is not self.floating
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The candidate that goes on, and what the table said of all of them."""
+
+    candidate: Candidate
+    dense: Candidate  # the float file of the network that nothing was cut from
+    table: Artifact
 
 
 @dataclass(frozen=True)
 class Models:
     """The artifacts that are compared: `deployed` is `floating` where nothing is quantized.
 
-    `baseline` is the same student trained without a teacher, where the recipe asks for it.
+    `dense` is the student before it was cut, where what is deployed was. `baseline` is the same
+    student trained without a teacher, where the recipe asks for it. `table` is that of all
+    candidates.
     """
 
     teacher: Artifact | None
-    student: Artifact
+    student: Artifact | None
     floating: Artifact
     deployed: Artifact
     teacher_onnx: Artifact | None
-    baseline: Artifact | None = None
+    dense: Artifact | None
+    dense_onnx: Artifact | None
+    baseline: Artifact | None
+    table: Artifact
 
     @property
     def is_quantized(self) -> bool:
@@ -40,11 +85,38 @@ class Models:
 
     @property
     def reference(self) -> Role:
-        return "student" if self.teacher is None else "teacher"
+        if self.teacher is not None:
+            return "teacher"
+        if self.dense is not None:
+            return "dense"
+        return "float" if self.student is None else "student"
 
     @property
     def deployed_role(self) -> Role:
         return "int8" if self.is_quantized else "float"
+
+
+def models(
+    chosen: Chosen,
+    *,
+    teacher: Artifact | None,
+    teacher_onnx: Artifact | None,
+    baseline: Artifact | None,
+) -> Models:
+    """What is compared now that a candidate was chosen."""
+    one, dense = chosen.candidate, chosen.dense
+    is_cut = one.student is not dense.student
+    return Models(
+        teacher=teacher,
+        student=one.student,
+        floating=one.floating,
+        deployed=one.deployed,
+        teacher_onnx=teacher_onnx,
+        dense=dense.student if is_cut else None,
+        dense_onnx=dense.floating if is_cut else None,
+        baseline=baseline,
+        table=chosen.table,
+    )
 
 
 @dataclass(frozen=True)
@@ -81,6 +153,10 @@ def write_report(
         environment=describe_machine(),
         stages=tuple(_stage_record(artifact) for artifact in done),
         notes=tuple(dict.fromkeys([*notes, *(note for one in done for note in one.notes)])),
+        candidates=[
+            CandidateRecord.model_validate(row) for row in models.table.measurements["rows"]
+        ],
+        selection=SelectionRecord.model_validate(models.table.measurements["selection"]),
         models=[_with_sizes(row, models) for row in found["models"]],
         pairs=found["pairs"],
         parity=found["parity"],
@@ -92,12 +168,6 @@ def write_report(
 def publish(folder: Path, models: Models, evidence: Artifact, report: Report) -> Path:
     """Put everything where the user looks for it, the model last."""
     assert report.verdict is not None
-    program = models.student.path / "program.pt2"
-    net = (
-        {"student.pt2": program}
-        if program.exists()
-        else {"student.safetensors": models.student.path / "model.safetensors"}
-    )
     recipe = yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True)
     return release.publish(
         folder,
@@ -105,7 +175,7 @@ def publish(folder: Path, models: Models, evidence: Artifact, report: Report) ->
         passed=report.verdict.outcome == "pass",
         files={
             "model.fp32.onnx": models.floating.path / "model.onnx",
-            **net,
+            **_network_files(models.student),
             "recipe.yaml": recipe,
             release.SAMPLES: evidence.path / release.SAMPLES,
             release.REPORT: report.model_dump_json(indent=1) + "\n",
@@ -115,13 +185,27 @@ def publish(folder: Path, models: Models, evidence: Artifact, report: Report) ->
     )
 
 
+def _network_files(student: Artifact | None) -> dict[str, Path | str]:
+    """The trained network itself, if there is one: weights and what they belong to."""
+    if student is None:
+        return {}
+    program = student.path / "program.pt2"
+    if program.exists():
+        return {"student.pt2": program}
+    return {
+        "student.safetensors": student.path / "model.safetensors",
+        "student.json": student.path / "network.json",
+    }
+
+
 def baseline_note(found: dict[str, Any]) -> str | None:
     """What distillation has gained over the same student without a teacher, on the test set."""
     correct = {row["role"]: row["correct"] for row in found["models"]}
     if "baseline" not in correct:
         return None
     n = found["models"][0]["n"]
-    gain = 100 * (correct["student"] - correct["baseline"]) / n
+    taught = correct.get("dense", correct["student"])  # before it was cut, as the baseline is
+    gain = 100 * (taught - correct["baseline"]) / n
     if gain <= 0:
         return (
             f"WARNING: distillation gained nothing: the student has {gain:+.2f} points against the "
@@ -156,6 +240,7 @@ def _with_sizes(row: dict[str, Any], models: Models) -> dict[str, Any]:
     """Parameters, multiply-adds and bytes come from the ONNX file of the same network."""
     owner = {
         "teacher": models.teacher_onnx,
+        "dense": models.dense_onnx,
         "baseline": None,
         "student": models.floating,
         "float": models.floating,

@@ -29,6 +29,7 @@ FILES = (
     TRAINING,
     "model.fp32.onnx",
     "student.safetensors",
+    "student.json",
     "student.pt2",
     "recipe.yaml",
 )

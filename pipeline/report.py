@@ -12,7 +12,7 @@ from typing import Any, Literal
 from .spec import Spec
 
 Outcome = Literal["pass", "fail", "inconclusive", "invalid"]
-Role = Literal["teacher", "student", "float", "int8", "baseline"]
+Role = Literal["teacher", "dense", "student", "float", "int8", "baseline"]
 
 
 class StageRecord(Spec):
@@ -27,7 +27,7 @@ class StageRecord(Spec):
 
 class ModelRecord(Spec):
     """One model on the whole test set. Networks run in torch, `float` and `int8` in onnxruntime;
-    `baseline` is the student trained without a teacher."""
+    `dense` is the student before it was cut, `baseline` the student trained without a teacher."""
 
     role: Role
     runs_in: Literal["torch", "onnxruntime"]
@@ -57,6 +57,29 @@ class PairRecord(Spec):
     def drop(self) -> float:
         """Fraction of accuracy lost; negative when the candidate is better."""
         return (self.lost - self.gained) / self.n
+
+
+class CandidateRecord(Spec):
+    """A file that could have shipped. Accuracy is of validation, which chose; p50 is of one thread
+    at batch 1, measured beside the others, None where nothing else was made."""
+
+    name: str
+    n: int
+    correct: int
+    quantization_drop_points: float
+    bytes: int
+    multiply_adds: int
+    int8_share: float  # of multiply-adds, in int8 kernels of onnxruntime on this machine
+    p50_ms: float | None
+
+
+class SelectionRecord(Spec):
+    """Which candidate went on (selection.py)."""
+
+    index: int
+    held: bool
+    refused: bool
+    why: str
 
 
 class RungRecord(Spec):
@@ -144,6 +167,8 @@ class Report(Spec):
     environment: dict[str, Any]
     stages: tuple[StageRecord, ...]
     notes: tuple[str, ...]
+    candidates: tuple[CandidateRecord, ...]
+    selection: SelectionRecord
     models: tuple[ModelRecord, ...]
     pairs: tuple[PairRecord, ...]
     parity: tuple[RungRecord, ...]
@@ -167,7 +192,7 @@ def summary_rows(report: Report) -> list[dict[str, str]]:
     """The table a person reads: reference → student → deployed."""
     rows = []
     for model in report.models:
-        if model.role == "float" and report.deployed != "float":
+        if model.role == "float" and "float" not in (report.deployed, report.reference):
             continue  # the same numbers as the student in torch; the parity ladder shows it
         latency = report.p50(_latency_name(model.role), threads=1)
         pair = report.pair(report.reference, model.role)
@@ -185,8 +210,8 @@ def summary_rows(report: Report) -> list[dict[str, str]]:
 
 
 def _latency_name(role: Role) -> str:
-    names = {"teacher": "teacher-onnx", "student": "float", "float": "float", "int8": "int8"}
-    return names.get(role, "")
+    names = {"teacher": "teacher-onnx", "dense": "dense-onnx", "student": "float"}
+    return names.get(role, role)
 
 
 def _title(role: Role, report: Report) -> str:
@@ -204,7 +229,7 @@ def human_bytes(count: int) -> str:
 
 def to_markdown(report: Report) -> str:
     """The report as Markdown: verdict first, then what it rests on."""
-    parts = [_verdict_markdown(report), _table_markdown(report)]
+    parts = [_verdict_markdown(report), _table_markdown(report), _candidates_markdown(report)]
     parts += [_latency_markdown(report), _parity_markdown(report), _classes_markdown(report)]
     parts += [_notes_markdown(report), _provenance_markdown(report)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -236,6 +261,36 @@ def _table_markdown(report: Report) -> str:
             f"(95 % interval {s.ci95[0]:.2f} to {s.ci95[1]:.2f})."
         )
     return "\n".join(["## Models", "", *lines])
+
+
+def _candidates_markdown(report: Report) -> str:
+    if len(report.candidates) < 2:
+        return ""
+    header = (
+        "candidate",
+        f"validation accuracy (n = {report.candidates[0].n})",
+        "lost by int8, points",
+        "p50, 1 thread",
+        "ONNX file",
+        "multiply-adds",
+        "of them int8",
+        "",
+    )
+    rows = [
+        [
+            one.name,
+            f"{100 * one.correct / one.n:.2f} %",
+            f"{one.quantization_drop_points:+.2f}" if one.int8_share else "",
+            "–" if one.p50_ms is None else f"{one.p50_ms:.3f} ms",
+            human_bytes(one.bytes),
+            f"{one.multiply_adds / 1e6:.1f} M",
+            f"{100 * one.int8_share:.0f} %",
+            "**went on**" if index == report.selection.index else "",
+        ]
+        for index, one in enumerate(report.candidates)
+    ]
+    lines = ["## Candidates", "", *_markdown_rows(header, rows), "", f"{report.selection.why}."]
+    return "\n".join(lines)
 
 
 def _latency_markdown(report: Report) -> str:

@@ -1,6 +1,7 @@
 """The stages as `flow.py` calls them: each names what it reads, so that it is recalled exactly
 when nothing it reads has changed, and hands its work to the capability that does it. Those that
-learn are in `learning.py`; what the report makes of all is in `record.py`.
+learn are in `learning.py`; what the report makes of all is in `record.py`. What needs torch is
+imported where it is called: a float .onnx is quantized, proven and timed without it.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,20 @@ from ..exporters.sessions import open_session, run_batches
 from .data.preprocess import to_input
 from .data.stage import prepare_data as prepare
 from .data.stage import source_fingerprint
-from .export import export_float
+from .errors import UsageError
+from .gate import provable_drop
 from .measure.latency import Row, speedup
 from .measure.latency import measure_latency as measure
+from .onnx_file import take_float as take
+from .quantize.fallback import return_to_float
 from .quantize.ptq import quantize_static
+from .recipe import Recipe
 from .record import Latency, Models, baseline_note
 from .report import LatencyRecord, SpeedupRecord
 from .stage import Artifact, Noting
 from .verify.evidence import gather
 from .work import Work, memory_budget, open_sets, run_stage, without_paths
+from .workspace import file_sha256
 
 LATENCY_INPUTS = 8  # real images in rotation, so that no branch or cache learns one by heart
 
@@ -39,8 +46,80 @@ def prepare_data(work: Work) -> Artifact:
     )
 
 
-def export_student(work: Work, data: Artifact, student: Artifact) -> Artifact:
-    return _export(work, "export", student, data)
+def say_what_can_be_proven(work: Work, data: Artifact) -> None:
+    """The smallest drop that this test set can prove, said before hours are spent on it."""
+    gate, n = work.recipe.gate, len(open_sets(work, data).test.labels)
+    if gate.max_drop_points is None:
+        return
+    perfect, usual = (
+        100 * provable_drop(n, flips=flips, confidence=gate.confidence) for flips in (0.0, 0.04)
+    )
+    text = (
+        f"{n} test samples can prove a drop of at most {perfect:.2f} points for a model that "
+        f"answers as its reference does, {usual:.2f} where 4 % of the answers differ "
+        f"(limit {gate.max_drop_points:g}, confidence {gate.confidence:g})"
+    )
+    if perfect > gate.max_drop_points:
+        text += ": too few samples for this limit, so the gate cannot pass"
+    work.notes.append(text)
+    work.workspace.events.note(text)
+
+
+def take_float(work: Work, data: Artifact) -> Artifact:
+    """The float .onnx that was given, as the export stage leaves one."""
+    path, spec = Path(work.recipe.student.model), work.recipe.export
+    work.origins["student"] = _file_hash(path)
+    metadata = {"edgestill.recipe_sha256": recipe_sha256(work)}
+    return run_stage(
+        work,
+        "float",
+        lambda context: take(
+            path, data.path, spec, context=context, metadata=metadata,
+            memory_budget_bytes=memory_budget(work),
+        ),
+        reads={
+            "spec": spec.model_dump(mode="json"),
+            "metadata": metadata,
+            "file": work.origins["student"],
+            "data": data.sha256,
+        },
+    )  # fmt: skip
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        return file_sha256(path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}; check the path") from None
+
+
+def prune(
+    work: Work, data: Artifact, network: Artifact, dense: Artifact, *, step: int
+) -> list[Path]:
+    """Folders of cut networks on the way to the target, the most promising first."""
+    from .prune.stage import prune as cut
+
+    spec = work.recipe.prune
+    assert spec is not None
+    found = run_stage(
+        work,
+        f"prune-{step}",
+        lambda context: cut(
+            network.path, dense.path, data.path, spec, step=step, context=context,
+            memory_budget_bytes=memory_budget(work),
+        ),
+        reads={
+            "spec": spec.model_dump(mode="json", exclude={"recover"}),
+            "step": step,
+            "inputs": [data.sha256, network.sha256, dense.sha256],
+        },
+    )  # fmt: skip
+    return sorted(found.path.glob("[1-9]"))
+
+
+def export_student(work: Work, data: Artifact, student: Artifact, *, mark: str) -> Artifact:
+    """mark: of which network, where there are several, e.g. `-pruned-1`."""
+    return _export(work, f"export{mark}", student, data)
 
 
 def export_teacher(work: Work, data: Artifact, teacher: Artifact) -> Artifact | None:
@@ -48,43 +127,83 @@ def export_teacher(work: Work, data: Artifact, teacher: Artifact) -> Artifact | 
     return _export(work, "export-teacher", teacher, data) if work.recipe.profile else None
 
 
-def quantize(work: Work, data: Artifact, floating: Artifact) -> Artifact:
+def quantize(work: Work, data: Artifact, floating: Artifact, *, mark: str) -> Artifact:
+    """int8 by calibration alone."""
+    return _int8(work, f"int8{mark}", quantize_static, data, [floating])
+
+
+def fall_back(work: Work, data: Artifact, floating: Artifact, *, mark: str) -> Artifact:
+    """int8 but for the layers that lose most."""
+    limit = quantization_limit(work.recipe)
+    stage = partial(return_to_float, limit_points=limit)
+    return _int8(work, f"int8-fallback{mark}", stage, data, [floating], limit=limit)
+
+
+def train_qat(
+    work: Work, data: Artifact, floating: Artifact, ptq: Artifact, *, mark: str
+) -> Artifact:
+    """int8 trained with its rounding, from where calibration has left it."""
+    from .quantize.qat_stage import quantize_aware
+
+    stage = partial(quantize_aware, ptq_artifact=ptq.path)
+    return _int8(work, f"int8-qat{mark}", stage, data, [floating, ptq])
+
+
+def quantization_limit(recipe: Recipe) -> float:
+    """Points that int8 may lose against its float model, on validation."""
+    limit = recipe.gate.max_quantization_drop_points
+    if limit is None and recipe.quantize is not None:
+        limit = recipe.quantize.max_drop_points
+    return 0.0 if limit is None else limit
+
+
+def _int8(
+    work: Work, name: str, stage: Any, data: Artifact, inputs: list[Artifact], **more: Any
+) -> Artifact:
     spec, export = work.recipe.quantize, work.recipe.export
     assert spec is not None
     return run_stage(
         work,
-        "int8",
-        lambda context: quantize_static(
-            floating.path, data.path, spec, context=context, export=export
+        name,
+        lambda context: stage(
+            inputs[0].path, data.path, spec, context=context, export=export,
+            memory_budget_bytes=memory_budget(work),
         ),
         reads={
             "spec": spec.model_dump(mode="json"),
             "export": export.model_dump(mode="json"),
-            "inputs": [data.sha256, floating.sha256],
+            "inputs": [data.sha256, *(one.sha256 for one in inputs)],
+            **more,
         },
-    )
+    )  # fmt: skip
 
 
 def verify(work: Work, data: Artifact, models: Models) -> Artifact:
     """Parity rung by rung, and every model once over the whole test set."""
-    artifacts = (
-        models.teacher, models.student, models.floating, models.deployed, models.baseline
-    )  # fmt: skip
+    networks = {
+        "teacher": models.teacher,
+        "dense": models.dense,
+        "student": models.student,
+        "baseline": models.baseline,
+    }
+    present = {role: one for role, one in networks.items() if one is not None}
     evidence = run_stage(
         work,
         "verify",
         lambda context: gather(
             data.path,
-            teacher=None if models.teacher is None else models.teacher.path,
-            student=models.student.path,
+            networks={role: one.path for role, one in present.items()},
             floating=models.floating.path,
             int8=models.deployed.path if models.is_quantized else None,
-            baseline=None if models.baseline is None else models.baseline.path,
             reference=models.reference,
             context=context,
             memory_budget_bytes=memory_budget(work),
         ),
-        reads={"inputs": [data.sha256, *(a and a.sha256 for a in artifacts)]},
+        reads={
+            "data": data.sha256,
+            "networks": {role: one.sha256 for role, one in present.items()},
+            "files": [models.floating.sha256, models.deployed.sha256],
+        },
     )
     gained = baseline_note(dict(evidence.measurements))
     if gained is not None:
@@ -99,16 +218,16 @@ def measure_latency(work: Work, data: Artifact, models: Models) -> Latency:
     assert spec is not None
     events.started("latency")
     begun = time.monotonic()
-    opened = open_sets(work, data)
-    some = opened.calibration[:LATENCY_INPUTS]
-    inputs = to_input(opened.train.images[some], opened.preprocess)
+    inputs = latency_inputs(work, data)
     onnx = {"float": models.floating} | ({"int8": models.deployed} if models.is_quantized else {})
-    torch_nets = {"student": models.student}
+    torch_nets = {} if models.student is None else {"student": models.student}
+    if models.dense_onnx is not None:
+        onnx = {"dense-onnx": models.dense_onnx} | onnx
     if models.teacher is not None and models.teacher_onnx is not None:
         onnx = {"teacher-onnx": models.teacher_onnx} | onnx
         torch_nets |= {"teacher": models.teacher}
     rows = [
-        Row(name, "onnx", path := artifact.path / "model.onnx", _answers(path, inputs))
+        Row(name, "onnx", path := model_of(artifact), answers(path, inputs))
         for name, artifact in onnx.items()
     ]
     rows += [Row(name, "torch", artifact.path) for name, artifact in torch_nets.items()]
@@ -121,7 +240,7 @@ def measure_latency(work: Work, data: Artifact, models: Models) -> Latency:
         events=events,
     )
     records = tuple(LatencyRecord.model_validate(row) for row in measured)
-    reference = "float" if models.teacher_onnx is None else "teacher-onnx"
+    reference = next(iter(onnx))  # teacher, else the network before it was cut, else its float file
     deployed = models.deployed_role
     at_one = {row["name"]: row for row in measured if row["threads"] == 1}
     ratio = speedup(at_one[reference], at_one[deployed])
@@ -135,12 +254,25 @@ def measure_latency(work: Work, data: Artifact, models: Models) -> Latency:
     return Latency(records, SpeedupRecord(reference=reference, candidate=deployed, **ratio))
 
 
-def _answers(path: Path, inputs: Any) -> Any:
+def model_of(artifact: Artifact) -> Path:
+    return artifact.path / "model.onnx"
+
+
+def latency_inputs(work: Work, data: Artifact) -> Any:
+    """Real inputs of the network, float32 (LATENCY_INPUTS, C, H, W)."""
+    opened = open_sets(work, data)
+    some = opened.calibration[:LATENCY_INPUTS]
+    return to_input(opened.train.images[some], opened.preprocess)
+
+
+def answers(path: Path, inputs: Any) -> Any:
     """What the model answers untimed: a fast wrong answer is no result."""
     return run_batches(open_session(path, threads=1), inputs, len(inputs))
 
 
 def _export(work: Work, name: str, network: Artifact, data: Artifact) -> Artifact:
+    from .export import export_float
+
     spec = work.recipe.export
     metadata = {"edgestill.recipe_sha256": recipe_sha256(work)}
     return run_stage(
@@ -161,7 +293,17 @@ def recipe_sha256(work: Work) -> str:
     """Of the sections up to export, with every path replaced by the hash of what it names."""
     sections = work.recipe.model_dump(
         mode="json",
-        include={"task", "seed", "data", "teacher", "student", "distill", "quantize", "export"},
+        include={
+            "task",
+            "seed",
+            "data",
+            "teacher",
+            "student",
+            "distill",
+            "prune",
+            "quantize",
+            "export",
+        },
     )
     document = {
         **without_paths(sections),

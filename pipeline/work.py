@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .data.dataset import Data, open_data
 from .errors import RecipeError
 from .measure.machine import available_threads, cpu_capability
@@ -40,11 +38,6 @@ class Work:
 def begin(recipe: Recipe, root: Path, *, events: Events, fresh: bool, world: World = ALONE) -> Work:
     """Open the workspace on the machine as it is."""
     compute = recipe.compute
-    device = compute.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("compute.device: cuda is asked for, and torch sees no CUDA device here")
     threads = compute.threads or max(1, available_threads() // world.local_size)
     if threads > available_threads():
         raise RecipeError(
@@ -54,18 +47,40 @@ def begin(recipe: Recipe, root: Path, *, events: Events, fresh: bool, world: Wor
         root,
         seed=recipe.seed,
         threads=threads,
-        device=device,
+        # a float .onnx needs no torch, which may not be there
+        device="cpu" if recipe.student.is_onnx else _device(compute.device),
         events=events,
         world=world,
         identity={
             "source": [tree_sha256(PACKAGE / part, pattern="*.py") for part in SOURCES],
-            "versions": {name: importlib.metadata.version(name) for name in PINNED},
+            "versions": {name: _version(name) for name in PINNED},
             "cpu": cpu_capability(),
         },
     )
     if fresh and world.leads:
         workspace.forget()
     return Work(recipe, workspace)
+
+
+def _device(wish: str) -> str:
+    """cpu or cuda."""
+    if wish == "cpu":
+        return wish
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if wish == "cuda":
+        raise RecipeError("compute.device: cuda is asked for, and torch sees no CUDA device here")
+    return "cpu"
+
+
+def _version(library: str) -> str | None:
+    """None: not installed, and so not used."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def alone(work: Work) -> Work:

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 COMMAND = [sys.executable, "-P", "-m", "edgestill"]
-STAGES = ["data", "teacher", "labels", "student", "export", "int8", "export-teacher", "verify",
-          "latency"]  # fmt: skip
+STAGES = ["data", "teacher", "labels", "student", "export", "int8", "export-teacher", "choice",
+          "verify", "latency"]  # fmt: skip
 
 
 def published(folder: Path) -> set[str]:
@@ -33,8 +33,8 @@ def copy_of_run(small_run: Path, tmp_path: Path) -> Path:
 
 def test_a_passed_run_leaves_exactly_the_promised_files(small_run: Path) -> None:
     assert published(small_run) == {
-        "model.onnx", "model.fp32.onnx", "student.safetensors", "recipe.yaml", "report.json",
-        "report.md", "samples.parquet", "training.jsonl", "manifest.json",
+        "model.onnx", "model.fp32.onnx", "student.safetensors", "student.json", "recipe.yaml",
+        "report.json", "report.md", "samples.parquet", "training.jsonl", "manifest.json",
     }  # fmt: skip
 
 

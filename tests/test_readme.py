@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from edgestill.exporters.to_onnx import export_onnx
 from edgestill.models.source import open_network
 from edgestill.pipeline import errors
 from edgestill.pipeline.recipe import Recipe
@@ -46,13 +47,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, small_run: Path) -> Path
             Image.fromarray(pixels).save(folder / "photos" / name / f"{index}.png")
     net = open_network("resnet18", args={}, classes=3, input_shape=(3, 32, 32), seed=0)
     torch.save(net.module.state_dict(), folder / "w.pth")
+    export_onnx(net.module, torch.zeros(2, 3, 32, 32), folder / "net.onnx", batch="dynamic")
     (folder / "release.yaml").write_text("max_drop_points: 50\n")
     shutil.copytree(small_run, folder / "out")
     return folder
 
 
 def test_there_are_commands_to_run() -> None:
-    assert len(commands()) == 6
+    assert len(commands()) == 8
 
 
 def test_every_compress_command_runs(workplace: Path) -> None:
@@ -70,7 +72,7 @@ def test_every_compress_command_runs(workplace: Path) -> None:
         assert done.returncode in (0, 1, 3), f"{line}\n{done.stdout}{done.stderr}"
         ran.append(line)
 
-    assert len(ran) == 4
+    assert len(ran) == 6
 
 
 @pytest.mark.parametrize("script", ["scripts/demo", "scripts/test"])
@@ -94,11 +96,12 @@ def test_the_python_snippet_runs_beside_a_finished_run(workplace: Path) -> None:
 
 
 def test_the_recipe_shown_is_a_recipe() -> None:
-    (text,) = blocks("yaml")
+    whole, smaller = blocks("yaml")
 
-    recipe = Recipe.model_validate(yaml.safe_load(text))
+    recipe = Recipe.model_validate(yaml.safe_load(whole) | yaml.safe_load(smaller))
 
     assert recipe.teacher is not None
+    assert recipe.prune is not None
 
 
 def test_the_exit_codes_shown_are_those_of_the_errors() -> None:

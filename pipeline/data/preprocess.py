@@ -14,16 +14,19 @@ same filter at single points, as `interpolate(antialias=False)` does in torch.
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
-from torch import Tensor
 
 from ..errors import DataError
 from ..recipe import PreprocessSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Pixels = npt.NDArray[np.uint8]
 Size = tuple[int, int]  # (H, W)
@@ -136,6 +139,8 @@ def to_input_tensor(images: Tensor, spec: PreprocessSpec) -> Tensor:
     Returns:
         float32 (N, C, h, w) in channels_last memory.
     """
+    import torch  # only training needs it
+
     count, height, width, channels = images.shape
     mean, std = (
         torch.from_numpy(values).to(images.device).repeat(height * width)
@@ -159,6 +164,16 @@ def preprocess_metadata(spec: PreprocessSpec) -> dict[str, Any]:
         "transparency": "on white",
         "layout": "NCHW",
         "dtype": "float32",
+    }
+
+
+def describe(class_names: Sequence[str], spec: PreprocessSpec) -> dict[str, str]:
+    """What someone needs to run a file without us, as JSON for its metadata."""
+    return {
+        "edgestill.class_names": json.dumps(list(class_names), ensure_ascii=False),
+        "edgestill.preprocess": json.dumps(
+            preprocess_metadata(spec), sort_keys=True, ensure_ascii=False
+        ),
     }
 
 

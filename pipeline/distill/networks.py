@@ -73,26 +73,6 @@ def measure_validation(
     return found, confusion(logits, labels)
 
 
-def note_doubts(
-    found: dict[str, Any], data: Data, *, seen: bool, context: Context, where: str
-) -> None:
-    """Tell the user what makes this accuracy say less than it seems to."""
-    n, percent = found["n"], 100 * found["accuracy"]
-    if seen:
-        context.events.note(
-            f"{where}: {percent:.1f} % on {n} validation images, which its given weights have "
-            "possibly seen in their training"
-        )
-    # the share of the commonest class, and two standard errors of a guess that good
-    chance = float(np.bincount(data.validation.labels).max()) / n
-    if found["accuracy"] <= chance + 2 * (chance * (1 - chance) / n) ** 0.5:
-        context.events.note(
-            f"WARNING: {where}: {percent:.1f} % on {n} validation images is what guessing gives "
-            f"({100 * chance:.1f} %): it has learnt nothing that shows; look at the labels, the "
-            "preprocessing and the learning rate"
-        )
-
-
 def training_record(result: FitResult) -> dict[str, Any]:
     """The training run as JSON-able measurements."""
     return asdict(result)

@@ -20,6 +20,7 @@ from ...models.store import load_network
 from ..data.dataset import Data, open_data
 from ..errors import IntegrityError, ModelError
 from ..measure.accuracy import run_module
+from ..measure.doubts import check_class_order, note_doubts
 from ..recipe import NetworkSpec, StudentSpec
 from ..stage import Context
 from ..strategy import Plan
@@ -36,13 +37,11 @@ from .networks import (
     build,
     describe_network,
     measure_validation,
-    note_doubts,
     save,
     training_record,
 )
 from .self_taught import among_peers, averaged, beside_teacher, exit_stages, with_exits
 from .tasks import Course, supervised, taught
-from .teacher import check_class_order
 
 JOINT_TEACHER = "teacher"  # folder of the teacher that was trained together with the student
 
@@ -90,11 +89,15 @@ def train_student(
     *,
     context: Context,
     memory_budget_bytes: int,
+    start: Path | None = None,
 ) -> dict[str, Any]:
     """The student stage. Leaves the network in `context.scratch`.
 
     With `lessons` it is distilled; otherwise trained from labels if `spec.train` is set; otherwise
     it is only measured.
+
+    Args:
+        start: folder of a stored network that learns on, e.g. one that was cut; None: the recipe's.
 
     Raises:
         IntegrityError: stored labels are missing or stale.
@@ -106,7 +109,12 @@ def train_student(
     more: dict[str, Any] = {}
     generation = 1 if lessons is None else lessons.generation
     with reproducible(threads=context.threads, device=context.device):
-        network, report = build(spec, data, context=context, where="student", generation=generation)
+        if start is None:
+            network, report = build(
+                spec, data, context=context, where="student", generation=generation
+            )
+        else:
+            network, report = load_network(start).network, None
         training = None
         if lessons is not None:
             training, more = _distil(network, spec, lessons, data=data, context=context)

@@ -1,7 +1,8 @@
 """Logits of any model on any set, and what they are worth. Deterministic.
 
 Every model sees the same numbers: images go through `data.preprocess.to_input`, in the set's own
-order, whether torch or onnxruntime computes. Nothing here selects, judges or compares models.
+order, whether torch or onnxruntime computes. Nothing here selects, judges or compares models, and
+torch is imported only where a torch network is measured.
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from ...exporters.reference import evaluating
 from ...exporters.sessions import open_session, run_batches
 from ..data.dataset import ImageSet
 from ..data.preprocess import to_input
 from ..errors import MeasurementError
 from ..recipe import PreprocessSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, dtype, nn
 
 Array = np.ndarray[Any, Any]
 
@@ -45,7 +46,7 @@ def logits_of_module(
     *,
     device: str,
     batch_size: int = 256,
-    dtype: torch.dtype = torch.float32,
+    dtype: dtype | None = None,
     fixed_batch: int | None = None,
     name: str = "the network",
 ) -> Array:
@@ -54,12 +55,16 @@ def logits_of_module(
     The network is moved to `device` and stays there.
 
     Args:
-        dtype: float32, or bfloat16 for autocast.
+        dtype: torch.bfloat16 for autocast; None: float32.
         fixed_batch: the only batch that a .pt2 program runs with (`Network.fixed_batch`).
         name: what an error calls the network.
     Raises:
         MeasurementError: no images, or a logit is NaN or infinite.
     """
+    import torch
+
+    from ...exporters.reference import evaluating
+
     module.to(device)
     autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
     parts = []
@@ -159,6 +164,8 @@ def run_module(module: nn.Module, inputs: Tensor, *, fixed_batch: int | None) ->
     if fixed_batch is None:
         logits: Tensor = module(inputs)
         return logits
+    import torch
+
     parts = []
     for part in torch.split(inputs, fixed_batch):
         missing = fixed_batch - len(part)

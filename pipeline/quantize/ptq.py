@@ -1,29 +1,24 @@
 """The int8 stage: `model.onnx` of the export stage, calibrated on train, → int8 `model.onnx`.
 
-The targets decide the encoding, so that every one of them computes the same integers. Does not
-measure accuracy; `verify` does, on samples that calibration has not seen.
+The targets decide the encoding, so that every one of them computes the same integers.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from onnx import ModelProto
 
-from ...exporters.audit import audit
-from ...exporters.graph import read_model
-from ...exporters.int8 import encoding_for, quantize
-from ...exporters.stamp import stamp, write_model
-from ..data.dataset import Data, open_data
-from ..data.preprocess import to_input
+from ...exporters.calibrate import Range, channel_statistics, doubt_about_samples, ranges_of
+from ...exporters.equalize import equalize
+from ...exporters.graph import matching_nodes
+from ...exporters.int8 import Quantized, encoding_for, quantize
 from ..recipe import ExportSpec, QuantizeSpec
 from ..stage import Context
-
-Array = np.ndarray[Any, Any]
-
-MODEL = "model.onnx"
+from .result import Prepared, Source, leave, open_source
 
 
 def quantize_static(
@@ -33,59 +28,81 @@ def quantize_static(
     *,
     context: Context,
     export: ExportSpec,
+    memory_budget_bytes: int,
 ) -> dict[str, Any]:
     """The stage. Leaves the int8 file in `context.scratch`, with the float file's metadata.
 
     Args:
         float_artifact: folder of the export stage.
-        data_artifact: folder of the data stage; its calibration samples (of train) are read.
+        data_artifact: folder of the data stage; its calibration samples (of train) are read, and
+            validation, on which the cost is measured.
 
     Returns:
-        bytes, float_bytes, opset, ir, parameters, multiply_adds, initializer_bytes, ops,
-        encoding (with its reason), calibrator, calibration_samples, counts.
+        What `result.leave` says, calibrator, kept_float.
 
     Raises:
-        ExportError: the graph cannot be quantized.
+        ExportError: the graph cannot be quantized, or `keep_float` names no node of it.
         IntegrityError: the result is not int8 throughout.
     """
-    source = float_artifact / MODEL
-    floating = read_model(source)
-    data = open_data(data_artifact, memory_budget_bytes=0)
-    encoding = encoding_for(spec.targets)
-    context.events.progress(0, 1, f"calibrating on {len(data.calibration)} samples")
-    quantized = quantize(
-        floating,
-        _Prepared(data),
-        encoding=encoding,
-        calibrator=spec.calibrator,
-        threads=context.threads,
+    source = open_source(
+        float_artifact, data_artifact, context=context, memory_budget_bytes=memory_budget_bytes
     )
-    path = context.scratch / MODEL
-    metadata = {entry.key: entry.value for entry in floating.metadata_props}
-    final = stamp(quantized.model, min_runtime=export.min_runtime, metadata=metadata)
-    write_model(final, path)
-    context.events.progress(1, 1)
+    context.events.progress(0, 2, f"calibrating on {len(source.data.calibration)} samples")
+    doubt = doubt_about_samples(*channel_statistics(Prepared(source.data)))
+    if doubt is not None:
+        context.events.note(f"WARNING: calibration: {doubt}")
+    calibrated = calibrate(source, spec, threads=context.threads)
+    quantized = write(calibrated, source, spec, threads=context.threads)
+    context.events.progress(1, 2, "measuring on validation")
+    encoding = encoding_for(spec.targets)
+    found = leave(source, quantized, encoding=encoding, export=export, context=context)
+    context.events.progress(2, 2)
     return {
-        **audit(final),
-        "bytes": path.stat().st_size,
-        "float_bytes": source.stat().st_size,
-        "encoding": asdict(encoding),
+        **found,
         "calibrator": spec.calibrator,
-        "calibration_samples": len(data.calibration),
-        "counts": quantized.counts,
+        "kept_float": sorted(always_float(calibrated.model, spec)),
     }
 
 
-class _Prepared:
-    """Calibration samples, read and preprocessed as they are asked for: memory stays flat."""
+@dataclass(frozen=True)
+class Calibrated:
+    """The float graph as it will be rounded, and the range of each of its activations."""
 
-    def __init__(self, data: Data) -> None:
-        self._data = data
+    model: ModelProto
+    ranges: dict[str, Range]
 
-    def __len__(self) -> int:
-        return len(self._data.calibration)
 
-    def __getitem__(self, part: slice) -> Array:
-        indices = self._data.calibration[part]
-        inputs: Array = to_input(self._data.train.images[indices], self._data.preprocess)
-        return inputs
+def calibrate(source: Source, spec: QuantizeSpec, *, threads: int) -> Calibrated:
+    model = equalize(source.model) if spec.equalize else source.model
+    samples = Prepared(source.data)
+    ranges = ranges_of(model, samples, calibrator=spec.calibrator, threads=threads)
+    return Calibrated(model, ranges)
+
+
+def write(
+    calibrated: Calibrated,
+    source: Source,
+    spec: QuantizeSpec,
+    *,
+    keep_float: Collection[str] = (),
+    threads: int,
+) -> Quantized:
+    """The int8 graph of a calibrated one, as `spec` wishes.
+
+    Args:
+        keep_float: names of nodes that stay float, besides those that `spec` names.
+    """
+    return quantize(
+        calibrated.model,
+        Prepared(source.data),
+        encoding=encoding_for(spec.targets),
+        threads=threads,
+        keep_float={*keep_float, *always_float(calibrated.model, spec)},
+        ranges=calibrated.ranges,
+        correct_bias=spec.correct_bias,
+    )
+
+
+def always_float(model: ModelProto, spec: QuantizeSpec) -> frozenset[str]:
+    """Nodes that the recipe keeps in float. Raises ExportError for names that match none."""
+    return matching_nodes(model, spec.keep_float, where="quantize.keep_float")

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ...models.store import load_network
 from ..data.dataset import Data, open_data
 from ..data.preprocess import to_input
 from ..gate import drop_upper_bound
 from ..measure.accuracy import Scores, logits_of_module, logits_of_onnx, score
 from ..release import SAMPLES
 from ..stage import Context
-from ..train.reproducible import reproducible
 from .parity import climb_ladder
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Array = NDArray[Any]
 
 PARITY_SAMPLES = 128  # of the calibration images: float64 convolutions are slow
 CONFIDENCE = 0.95
@@ -33,11 +36,9 @@ CONFIDENCE = 0.95
 def gather(
     data_folder: Path,
     *,
-    student: Path,
+    networks: Mapping[str, Path],
     floating: Path,
-    teacher: Path | None,
     int8: Path | None,
-    baseline: Path | None,
     reference: str,
     context: Context,
     memory_budget_bytes: int,
@@ -45,7 +46,10 @@ def gather(
     """The verify stage. Writes `samples.parquet` into `context.scratch`.
 
     Args:
-        data_folder, student, floating, teacher, int8, baseline: folders of committed stages.
+        data_folder, floating, int8: folders of committed stages.
+        networks: role → folder of a stored network: `student`, which the files were made from
+            (absent where a float file was given), and what there is of `teacher`, `dense`,
+            `baseline`.
         reference: role that the deployed model is compared with.
 
     Returns:
@@ -55,10 +59,9 @@ def gather(
         MeasurementError: a model gives NaN.
     """
     data = open_data(data_folder, memory_budget_bytes=memory_budget_bytes)
-    stored = load_network(student)
     sample = to_input(data.train.images[data.calibration[:PARITY_SAMPLES]], data.preprocess)
     parity = climb_ladder(
-        stored.network.module,
+        _module(networks["student"]) if "student" in networks else None,
         exported=floating / "exported.onnx",
         final_float=floating / "model.onnx",
         int8=None if int8 is None else int8 / "model.onnx",
@@ -66,22 +69,11 @@ def gather(
         threads=context.threads,
     )
     onnx = {"float": floating} | ({} if int8 is None else {"int8": int8})
-    torch_nets = ({} if teacher is None else {"teacher": teacher}) | {"student": student}
-    torch_nets |= {} if baseline is None else {"baseline": baseline}
     scores: dict[str, Scores] = {}
-    for done, (role, folder) in enumerate([*torch_nets.items(), *onnx.items()]):
-        context.events.progress(done, len(torch_nets) + len(onnx), role)
-        if role in torch_nets:
-            network = load_network(folder).network
-            with reproducible(threads=context.threads, device=context.device):
-                logits = logits_of_module(
-                    network.module.to(context.device),
-                    data.test,
-                    data.preprocess,
-                    device=context.device,
-                    fixed_batch=network.fixed_batch,
-                    name=role,
-                )
+    for done, (role, folder) in enumerate([*networks.items(), *onnx.items()]):
+        context.events.progress(done, len(networks) + len(onnx), role)
+        if role in networks:
+            logits = _logits_of_network(folder, data, context=context, name=role)
         else:
             logits = logits_of_onnx(
                 folder / "model.onnx",
@@ -94,15 +86,35 @@ def gather(
     _write_samples(context.scratch / SAMPLES, data, scores)
     deployed = "float" if int8 is None else "int8"
     compared = {(reference, role) for role in scores if role != reference}
-    compared |= {("student", deployed)}
-    compared |= set() if baseline is None else {("baseline", "student")}
+    compared |= {("student" if "student" in networks else "float", deployed)}
+    compared |= {(role, "student") for role in ("baseline", "dense") if role in networks}
     return {
-        "models": [
-            _model(role, s, data, in_torch=role in torch_nets) for role, s in scores.items()
-        ],
+        "models": [_model(role, s, data, in_torch=role in networks) for role, s in scores.items()],
         "pairs": [_pair(scores, *roles) for roles in sorted(compared)],
         "parity": parity,
     }
+
+
+def _module(folder: Path) -> nn.Module:
+    from ...models.store import load_network  # torch, which a given .onnx does without
+
+    return load_network(folder).network.module
+
+
+def _logits_of_network(folder: Path, data: Data, *, context: Context, name: str) -> Array:
+    from ...models.store import load_network
+    from ..train.reproducible import reproducible
+
+    network = load_network(folder).network
+    with reproducible(threads=context.threads, device=context.device):
+        return logits_of_module(
+            network.module.to(context.device),
+            data.test,
+            data.preprocess,
+            device=context.device,
+            fixed_batch=network.fixed_batch,
+            name=name,
+        )
 
 
 def _model(role: str, scores: Scores, data: Data, *, in_torch: bool) -> dict[str, Any]:

@@ -3,6 +3,8 @@
     torch float64 → torch float32 → exported (optimizations off) → exported (on)
     → final float → int8 (off) → int8 (on), and the shipped files at batch 1, 2 and 7
 
+(of a file that was given: from exported, optimizations off, down.)
+
 Each rung is held against the one above it, so a failure names the step that caused it, and its
 agreement with the root is in its note. Float rungs must stay within max(10·floor, 1e-4 +
 1e-3·|ref|), floor being what float32 itself is off from float64 (reference/profiling.md). int8
@@ -15,10 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
 
 from ...exporters.compare import (
     ATOL,
@@ -29,8 +30,10 @@ from ...exporters.compare import (
     float_floor,
 )
 from ...exporters.graph import batch_size, read_model
-from ...exporters.reference import logits_float32, logits_float64
 from ...exporters.sessions import open_session, run_batches
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Array = np.ndarray[Any, Any]
 Rung = dict[str, Any]
@@ -52,7 +55,7 @@ INT8_OFF, INT8_ON = "int8, optimizations off", "int8, optimizations on"
 
 
 def climb_ladder(
-    module: nn.Module,
+    module: nn.Module | None,
     *,
     exported: Path,
     final_float: Path,
@@ -64,7 +67,8 @@ def climb_ladder(
 
     Args:
         module: the float network, float32 parameters, on the CPU. For a .pt2 program its module;
-            where that cannot run in float64, float32 is the root and the first rung says so.
+            where that cannot run in float64, float32 is the root and the first rung says so. None:
+            there is only the file `exported`, which is then the root.
         exported, final_float, int8: ONNX files; without `int8` its rungs are absent.
         inputs: float32, (N, C, H, W), ≥ 64 real preprocessed samples; all zeros and all ones are
             added to them.
@@ -82,20 +86,22 @@ def climb_ladder(
     inputs = np.concatenate([inputs, np.zeros_like(inputs[:1]), np.ones_like(inputs[:1])])
     fixed = batch_size(read_model(final_float))
     size = fixed or BATCH_SIZE
-    double, reason = logits_float64(module, inputs, batch_size=size)
-    single = logits_float32(module, inputs, batch_size=size)
-    root_name, root = (FLOAT64, double) if len(double) else (FLOAT32, single)
-    floor = float_floor(double, single) if len(double) else 0.0
-    rungs = [_first_rung(double, single, reason)]
-    if len(inputs) - 2 < REAL_SAMPLES:
-        rungs[0]["note"] += f"; only {len(inputs) - 2} real samples"
 
     def logits(path: Path, *, optimize: bool) -> Array:
         return run_batches(open_session(path, threads=threads, optimize=optimize), inputs, size)
 
-    steps = [(EXPORTED_OFF, exported, False), (EXPORTED_ON, exported, True)]
-    above_name, above = FLOAT32, single
-    for name, path, optimize in [*steps, (FINAL, final_float, True)]:
+    steps = [(EXPORTED_ON, exported, True), (FINAL, final_float, True)]
+    if module is None:
+        root_name, root, floor = EXPORTED_OFF, logits(exported, optimize=False), 0.0
+        above_name, above = root_name, root
+        rungs = [_root_rung(EXPORTED_OFF, root, "the file as it was given")]
+    else:
+        root_name, root, above, floor, first = _torch_root(module, inputs, size)
+        above_name, rungs = FLOAT32, [first]
+        steps = [(EXPORTED_OFF, exported, False), *steps]
+    if len(inputs) - 2 < REAL_SAMPLES:
+        rungs[0]["note"] += f"; only {len(inputs) - 2} real samples"
+    for name, path, optimize in steps:
         found = logits(path, optimize=optimize)
         rungs.append(_float_rung(name, above_name, above, found, floor))
         _note_root(rungs[-1], root_name, root, found)
@@ -112,13 +118,24 @@ def climb_ladder(
     return rungs
 
 
+def _torch_root(
+    module: nn.Module, inputs: Array, size: int
+) -> tuple[str, Array, Array, float, Rung]:
+    """Name and logits of the root, logits in float32, float32's own error, and the first rung."""
+    from ...exporters.reference import logits_float32, logits_float64
+
+    double, reason = logits_float64(module, inputs, batch_size=size)
+    single = logits_float32(module, inputs, batch_size=size)
+    first = _first_rung(double, single, reason)
+    if not len(double):
+        return FLOAT32, single, single, 0.0, first
+    return FLOAT64, double, single, float_floor(double, single), first
+
+
 def _first_rung(double: Array, single: Array, reason: str) -> Rung:
     """float32 against float64: the floor itself, so it is judged by the fixed tolerance alone."""
     if not len(double):
-        agreement = compare(single, single)
-        return _rung(
-            FLOAT32, "itself", agreement, tolerance=None, passed=True, note=f"the root: {reason}"
-        )
+        return _root_rung(FLOAT32, single, reason)
     agreement = compare(double, single)
     tolerance = ATOL + RTOL * float(np.abs(double).max())
     return _rung(
@@ -126,6 +143,11 @@ def _first_rung(double: Array, single: Array, reason: str) -> Rung:
         passed=agreement.max_abs is not None and agreement.max_abs <= tolerance,
         note="float32's own error; ten times it is allowed below",
     )  # fmt: skip
+
+
+def _root_rung(name: str, logits: Array, why: str) -> Rung:
+    agreement = compare(logits, logits)
+    return _rung(name, "itself", agreement, tolerance=None, passed=True, note=f"the root: {why}")
 
 
 def _float_rung(name: str, above: str, reference: Array, found: Array, floor: float) -> Rung:

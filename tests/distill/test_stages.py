@@ -17,8 +17,9 @@ from edgestill.pipeline.distill.label_store import HEADER, describe, network_sha
 from edgestill.pipeline.distill.labels import store_labels
 from edgestill.pipeline.distill.student import Lessons, train_student
 from edgestill.pipeline.distill.tasks import open_views
-from edgestill.pipeline.distill.teacher import best_class_order, check_class_order, prepare_teacher
+from edgestill.pipeline.distill.teacher import prepare_teacher
 from edgestill.pipeline.errors import IntegrityError, MeasurementError, WeightsError
+from edgestill.pipeline.measure.doubts import best_class_order, check_class_order
 from edgestill.pipeline.recipe import StudentSpec, TeacherSpec
 from edgestill.pipeline.stage import Context, Silent
 from edgestill.pipeline.strategy import choose

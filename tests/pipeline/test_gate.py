@@ -15,7 +15,14 @@ from edgestill.pipeline.gate import (
     unmeasured,
 )
 from edgestill.pipeline.recipe import GateSpec
-from edgestill.pipeline.report import PairRecord, Report, RungRecord, SpeedupRecord
+from edgestill.pipeline.report import (
+    CandidateRecord,
+    PairRecord,
+    Report,
+    RungRecord,
+    SelectionRecord,
+    SpeedupRecord,
+)
 
 Z95 = 1.6448536269514722
 
@@ -31,12 +38,23 @@ def rung(passed: bool = True) -> RungRecord:
                       sqnr_db=40.0, cosine=1.0, top1_agreement=1.0, passed=passed)  # fmt: skip
 
 
+def candidate(int8_share: float = 1.0) -> CandidateRecord:
+    return CandidateRecord(
+        name="int8", n=100, correct=90, quantization_drop_points=0.0, bytes=1, multiply_adds=1,
+        int8_share=int8_share, p50_ms=1.0,
+    )  # fmt: skip
+
+
+def selection(*, held: bool = True, refused: bool = False) -> SelectionRecord:
+    return SelectionRecord(index=0, held=held, refused=refused, why="int8: it is so")
+
+
 def report(*pairs: PairRecord, **changes: Any) -> Report:
     fields: dict[str, Any] = {
         "tool_version": "0", "created_utc": "", "recipe": {}, "reference": "teacher",
         "deployed": "int8", "model_sha256": "", "data_sha256": "", "environment": {},
         "stages": (), "notes": (), "models": (), "pairs": pairs, "parity": (rung(),),
-        "latency": (), "speedup": None,
+        "latency": (), "speedup": None, "candidates": (candidate(),), "selection": selection(),
     }  # fmt: skip
     return Report(**{**fields, **changes})
 
@@ -185,12 +203,46 @@ def test_quantization_drop_is_judged_against_the_float_student() -> None:
     assert [check.outcome for check in verdict.checks] == ["pass", "pass", "fail"]
 
 
+def test_of_a_given_file_the_float_file_is_what_int8_must_not_fall_behind() -> None:
+    found = report(pair(400, 0, 5000, reference="float"), reference="float")
+
+    verdict = judge(found, GateSpec(max_drop_points=None, max_quantization_drop_points=0.5))
+
+    assert verdict.outcome == "fail"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        (selection(), "pass"),
+        (selection(held=False), "pass"),  # chance explains it: the test set decides
+        (selection(held=False, refused=True), "fail"),
+    ],
+)
+def test_nothing_ships_that_validation_has_shown_to_be_beyond_the_budget(
+    chosen: SelectionRecord, expected: str
+) -> None:
+    verdict = judge(report(pair(0, 0, 5000), selection=chosen), GateSpec())
+
+    assert verdict.outcome == expected
+    assert ("budget" in [check.name for check in verdict.checks]) != chosen.held
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"), [(0.95, "pass"), (0.85, "fail"), (math.nan, "invalid")]
+)
+def test_a_floor_of_int8_is_held(share: float, expected: str) -> None:
+    found = report(pair(0, 0, 5000), candidates=(candidate(share),))
+
+    assert judge(found, GateSpec(min_int8_share=0.9)).outcome == expected
+
+
 def test_limits_on_what_was_not_measured_are_named() -> None:
-    policy = GateSpec(max_quantization_drop_points=0.5, min_speedup=2.0)
+    policy = GateSpec(max_quantization_drop_points=0.5, min_speedup=2.0, min_int8_share=0.9)
 
     problems = unmeasured(report(pair(0, 0, 10), deployed="float"), policy)
 
-    assert len(problems) == 2
+    assert len(problems) == 3
 
 
 def test_a_policy_that_judges_nothing_is_refused() -> None:

@@ -68,13 +68,46 @@ def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
         ("teacher: {model: resnet20}\n", "an untrained teacher teaches noise"),
         ("export: {min_runtime: 1.20}\n", "write it in quotes"),
         ("export: {min_runtime: '1.9'}\n", "older than 1.14"),
-        ("prune: {macs: 0.5}\n", "unknown key"),
+        ("gate: {min_int8_share: 0.9}\n", "nothing is quantized"),
+        ("prune: {}\n", "name one of macs, parameters, latency"),
+        ("prune: {macs: 0.5, latency: 0.5}\n", "got macs and latency"),
+        ("prune: {macs: 1.5}\n", "less than 1"),
+        ("prune: {sparsity: 0.5}\n", "no CPU kernel of onnxruntime skips zeros"),
+        ("prune: {macs: 0.5, unstructured: true}\n", "unstructured sparsity is not offered"),
+        ("quantize: {targets: [riscv]}\n", "quantize.targets.0"),
         ("seed: -1\n", "greater than or equal to 0"),
         ("student: {}\n", "written twice"),
     ],
 )
 def test_what_does_not_fit_together_is_said(tmp_path: Path, extra: str, expected: str) -> None:
     assert expected in problems(tmp_path, MINIMAL + extra)
+
+
+GIVEN = "preprocess: {mean: [0, 0, 0], std: [1, 1, 1]}"
+ONNX = MINIMAL.replace("model: plain_cnn_small\n  train: {epochs: 1}", "model: net.onnx").replace(
+    "test: {fraction: 0.4}", f"test: {{fraction: 0.4}}\n  {GIVEN}"
+)
+
+
+def test_a_float_onnx_is_a_student_whose_path_starts_at_the_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, ONNX + "quantize: {}\n"))
+
+    assert recipe.student.model == str(tmp_path / "net.onnx")
+    assert recipe.student.is_onnx
+
+
+@pytest.mark.parametrize(
+    "extra",
+    ["prune: {macs: 0.5}\n", "teacher: {model: resnet20, weights: w.pth}\n"],
+)
+def test_what_a_float_onnx_cannot_do_is_said(tmp_path: Path, extra: str) -> None:
+    assert "can only be quantized, proven and timed" in problems(tmp_path, ONNX + extra)
+
+
+def test_a_program_cannot_be_cut(tmp_path: Path) -> None:
+    text = ONNX.replace("net.onnx", "net.pt2") + "prune: {macs: 0.5}\n"
+
+    assert "a .pt2 program cannot be cut" in problems(tmp_path, text)
 
 
 def test_given_weights_without_preprocessing_are_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from edgestill.pipeline import export as export_stage
 from edgestill.pipeline.data.preprocess import to_input
 from edgestill.pipeline.errors import ExportError
 from edgestill.pipeline.quantize import ptq
+from edgestill.pipeline.quantize import result as int8_result
 from edgestill.pipeline.recipe import ExportSpec, PreprocessSpec, QuantizeSpec
 from edgestill.pipeline.stage import Context, Silent
 from torch import nn
@@ -65,13 +66,14 @@ def data(monkeypatch):
     images = coarse.repeat(2, axis=1).repeat(2, axis=2)
     found = SimpleNamespace(
         train=SimpleNamespace(images=images),
+        validation=SimpleNamespace(images=images[:30], labels=np.arange(30) % 3),
         calibration=np.arange(70)[::-1].copy(),
         preprocess=PREPROCESS,
         class_names=CLASSES,
     )
     opened = lambda folder, *, memory_budget_bytes: found  # noqa: E731
     monkeypatch.setattr(export_stage, "open_data", opened)
-    monkeypatch.setattr(ptq, "open_data", opened)
+    monkeypatch.setattr(int8_result, "open_data", opened)
     return found
 
 
@@ -103,6 +105,7 @@ def quantize(folder, spec=None):
         spec or QuantizeSpec(),
         context=context(folder / "int8"),
         export=ExportSpec(),
+        memory_budget_bytes=0,
     )
 
 

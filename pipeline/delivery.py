@@ -1,0 +1,45 @@
+"""The end of every flow: choice → verify → latency → report → gate → published folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import candidates, record, steps
+from .gate import judge
+from .record import Candidate
+from .report import Report
+from .stage import Artifact
+from .work import Work
+
+
+def deliver(
+    work: Work,
+    data: Artifact,
+    tried: Sequence[Candidate],
+    folder: Path,
+    *,
+    teacher: Artifact | None = None,
+    teacher_onnx: Artifact | None = None,
+    baseline: Artifact | None = None,
+) -> Report:
+    """Choose one of the files that were made, prove it on the test set, publish what was found.
+
+    Args:
+        tried: candidates in table order.
+        teacher: what the gate's drop counts from, if there is one.
+
+    Returns:
+        The report with its verdict. `folder/model.onnx` exists if and only if it passed.
+    """
+    chosen = candidates.choose(work, data, tried, reference=teacher)
+    models = record.models(chosen, teacher=teacher, teacher_onnx=teacher_onnx, baseline=baseline)
+    evidence = steps.verify(work, data, models)
+    latency = steps.measure_latency(work, data, models) if work.recipe.profile else None
+
+    report = record.write_report(
+        work.recipe, data, models, evidence, latency, done=work.done, notes=work.notes
+    )
+    report = report.model_copy(update={"verdict": judge(report, work.recipe.gate)})
+    record.publish(folder, models, evidence, report)
+    return report
