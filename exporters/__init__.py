@@ -3,7 +3,16 @@
 to_onnx.py    a torch module or exported program → one float ONNX file, opset 18
 simplify.py   onnxsim in a child process, kept only if the outputs agree on real samples
 rewrites.py   the graph rewrites of our own: BatchNormalization folded, means pooled
-int8.py       a float graph → static int8 (QDQ) by onnxruntime.quantization
+calibrate.py  the range of every activation, from real samples
+equalize.py   cross-layer equalization, exact before rounding
+int8.py       a float graph and ranges → static int8 (QDQ) by onnxruntime.quantization
+int8_check.py holds what was written against what was asked for
+float_guard.py keeps float what onnxruntime would make int8 by itself
+bias.py       bias correction of an int8 graph
+engagement.py which nodes run as int8 kernels, from the graph that onnxruntime runs
+optimized.py  that graph, and the time of its nodes
+unfused.py    why a node stays float
+saturation.py pair sums that saturate on x86 without VNNI
 stamp.py      what runs on `min_runtime`, names nobody's files, and carries the user's metadata
 sessions.py   onnxruntime sessions, opened and run one way everywhere
 reference.py  what torch itself computes, in float64 and float32

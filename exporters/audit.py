@@ -71,22 +71,26 @@ def multiply_adds(model: ModelProto) -> int:
     Raises:
         MeasurementError: a shape cannot be inferred.
     """
-    return sum(node_multiply_adds(model).values())
+    return sum(count for _, count in _by_node(model))
 
 
 def node_multiply_adds(model: ModelProto) -> dict[str, int]:
-    """The same by the name of the node.
+    """The same by the name of the node; names must be there and differ.
 
     Raises:
         MeasurementError: a shape cannot be inferred.
     """
+    return {node.name: count for node, count in _by_node(model)}
+
+
+def _by_node(model: ModelProto) -> list[tuple[NodeProto, int]]:
     batch = batch_size(model) or 1
     shapes = _shapes(model, batch)
-    return {
-        node.name: _node_multiply_adds(node, shapes) // batch
+    return [
+        (node, _node_multiply_adds(node, shapes) // batch)
         for node in model.graph.node
         if node.op_type in WEIGHTED_OPS
-    }
+    ]
 
 
 def initializer_bytes(model: ModelProto) -> dict[str, int]:

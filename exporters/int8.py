@@ -98,6 +98,10 @@ def encoding_for(targets: tuple[Target, ...]) -> Encoding:
     U8S8 has fast kernels on all of them: VNNI and dotprod multiply it directly, ARM without dotprod
     widens it. x86 without VNNI multiplies with VPMADDUBSW, whose int16 sums saturate
     (255·127 + 255·127 > 32,767); weights of at most 64 cannot: 255·64·2 = 32,640.
+
+    One kernel is not the same everywhere: QLinearAdd, of residual Adds, rounds ties to even in
+    float32 on x86 and away from zero in 22-bit fixed point on ARM (mlas/lib/qladd.cpp), so a net
+    with residual Adds may differ by one step in a few activations of ten thousand.
     """
     if not targets:
         raise ExportError("quantize.targets: empty; name at least one of arm, x86, x86-vnni")

@@ -56,8 +56,11 @@ def select(rows: Sequence[Mapping[str, Any]], limits: Limits) -> Choice:
     held = [index for index, excess in enumerate(beyond) if excess <= one_sample[index]]
     if held:
         index = _fastest(rows, held)
-        others = f" of {len(held)} that hold the budget" if len(held) > 1 else ""
-        why = f"{rows[index]['name']}: the fastest{others}, {len(rows)} tried"
+        name, count = rows[index]["name"], f"{len(held)} of {len(rows)} that hold the budget"
+        best = min(held, key=lambda one: rows[one]["p50_ms"] or 0.0)
+        why = f"{name}: the fastest of {count}"
+        if index != best:
+            why = f"{name}: first of {count}; {rows[best]['name']} is not faster in every launch"
         return Choice(index, held=True, refused=False, why=why)
     index = min(range(len(rows)), key=lambda i: (beyond[i], i))
     row = rows[index]

@@ -38,7 +38,7 @@ from .timing import export_for_timing, time_in_turns
 from .trace import Groups, find_groups
 
 RECALIBRATION = 1024  # training images that give BatchNorm its statistics after a cut
-HARM = 128  # … that blocks are ranked on: some 25 blocks, each measured about three times
+HARM = 128  # … that blocks are ranked on
 TAYLOR = 512  # … that gradients are taken on
 TIMING = 16  # inputs rotated while timing
 # a standard error of 1.1 points at 85 %; candidates after a cut are further apart than that
@@ -89,26 +89,9 @@ def prune(
         ranked = _rank(network.module, groups, spec, protect=protect, data=data, seed=context.seed)
         kind, share = spec.target
         goal = Goal(kind, share ** (step / spec.steps), _count(dense.network.module, spec, data))
-        samples = _samples(data, seed=context.seed)
-        with tempfile.TemporaryDirectory(prefix="edgestill-prune-") as folder:
-            dense_file = Path(folder, "dense.onnx")
-            export_for_timing(dense.network.module, data.input_shape, dense_file)
-            mixes = find_mixes(
-                network.module,
-                ranked,
-                goal,
-                dense_file=dense_file,
-                samples=samples,
-                tick=lambda note: context.events.progress(0, 2, note),
-            )
-            context.events.progress(1, 2, f"measuring {len(mixes)} candidates")
-            of_dense, *found = _measure(
-                [dense.network.module, *(mix.network for mix in mixes)],
-                data,
-                samples,
-                folder=Path(folder),
-                seed=context.seed,
-            )
+        mixes, (of_dense, *found) = _search(
+            network.module, dense.network.module, ranked, goal, data=data, context=context
+        )
     kept = choose([(one.p50_ms, one.accuracy) for one in found], spec.candidates)
     for number, index in enumerate(kept, start=1):
         _save(context.scratch / str(number), stored, mixes[index])
@@ -120,11 +103,7 @@ def prune(
         "step": step,
         "importance": spec.importance,
         "n": min(VALIDATION, len(data.validation)),
-        "dense": {
-            "multiply_adds": count_multiply_adds(dense.network.module, data.input_shape),
-            "parameters": count_parameters(dense.network.module),
-            **dataclasses.asdict(of_dense),
-        },
+        "dense": _figures(dense.network.module, of_dense, data),
         "candidates": [
             _row(mix, one, kept.index(index) + 1 if index in kept else None)
             for index, (mix, one) in enumerate(zip(mixes, found, strict=True))
@@ -163,6 +142,34 @@ def _rank(
     scores = score_all(network, groups.free, spec.importance, shares)
     blocks = find_blocks(network, data.input_shape, protect=protect) if spec.blocks else ()
     return Ranked(groups.free, scores, blocks, spec.round_to)
+
+
+def _search(
+    network: nn.Module,
+    dense: nn.Module,
+    ranked: Ranked,
+    goal: Goal,
+    *,
+    data: Data,
+    context: Context,
+) -> tuple[list[Mix], list[_Measured]]:
+    """The mixes, and what the dense network and each of them is worth."""
+    samples = _samples(data, seed=context.seed)
+    with tempfile.TemporaryDirectory(prefix="edgestill-prune-") as name:
+        folder = Path(name)
+        if goal.kind == "latency":
+            export_for_timing(dense, data.input_shape, folder / "dense.onnx")
+        mixes = find_mixes(
+            network,
+            ranked,
+            goal,
+            dense_file=folder / "dense.onnx",
+            samples=samples,
+            tick=lambda note: context.events.progress(0, 2, note),
+        )
+        context.events.progress(1, 2, f"measuring {len(mixes)} candidates")
+        networks = [dense, *(mix.network for mix in mixes)]
+        return mixes, _measure(networks, data, samples, folder=folder, seed=context.seed)
 
 
 def _count(dense: nn.Module, spec: PruneSpec, data: Data) -> int:
@@ -221,6 +228,14 @@ def _save(folder: Path, stored: StoredNetwork, mix: Mix) -> None:
         class_names=stored.class_names,
         preprocess=stored.preprocess,
     )
+
+
+def _figures(dense: nn.Module, measured: _Measured, data: Data) -> dict[str, Any]:
+    return {
+        "multiply_adds": count_multiply_adds(dense, data.input_shape),
+        "parameters": count_parameters(dense),
+        **dataclasses.asdict(measured),
+    }
 
 
 def _row(mix: Mix, measured: _Measured, kept: int | None) -> dict[str, Any]:

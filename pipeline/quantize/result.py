@@ -23,6 +23,7 @@ from ...exporters.int8 import Encoding, Quantized
 from ...exporters.stamp import stamp, write_model
 from ..data.dataset import Data, open_data
 from ..data.preprocess import to_input
+from ..errors import IntegrityError
 from ..measure.accuracy import logits_of_onnx
 from ..recipe import ExportSpec
 from ..stage import Context
@@ -118,11 +119,21 @@ def leave(
     Returns: bytes, float_bytes, opset, ir, parameters, multiply_adds, initializer_bytes, ops,
         encoding (with its reason), calibration_samples, counts, engagement (see
         `exporters/engagement.py`), validation (see `cost_on_validation`).
+
+    Raises:
+        IntegrityError: onnxruntime makes int8 of what was kept float.
     """
     path = context.scratch / MODEL
     final = write_int8(source, quantized, path, export=export)
     data = source.data
     some = to_input(data.train.images[data.calibration[:AUDIT_SAMPLES]], data.preprocess)
+    audited = engagement(path, some)
+    changed = [node["name"] for node in audited["nodes"] if node["requantized"]]
+    if changed:
+        raise IntegrityError(
+            f"int8: onnxruntime {audited['onnxruntime']} rounds the weights of {changed[0]} "
+            "itself, per tensor, though the file keeps them float; report this graph"
+        )
     return {
         **audit(final),
         "bytes": path.stat().st_size,
@@ -130,6 +141,6 @@ def leave(
         "encoding": asdict(encoding),
         "calibration_samples": len(data.calibration),
         "counts": quantized.counts,
-        "engagement": engagement(path, some),
+        "engagement": audited,
         "validation": cost_on_validation(source, path, threads=context.threads),
     }
