@@ -21,6 +21,8 @@ from .distill.labels import store_labels as store
 from .distill.student import JOINT_TEACHER, Lessons, check_lessons
 from .distill.student import train_student as train
 from .distill.teacher import prepare_teacher as teach
+from .prune.protect import find_protected
+from .prune.trace import find_groups
 from .recipe import NetworkSpec, Recipe, TeacherSpec
 from .stage import Artifact
 from .strategy import Plan, choose
@@ -37,10 +39,13 @@ def check_before_training(work: Work, data: Artifact) -> None:
     modules = {}
     for name, spec in {**teachers, "student": work.recipe.student}.items():
         modules[name], work.origins[name] = _check_network(spec, opened, where=name)
+    student = modules.pop("student")
     if work.recipe.distill is not None:
-        student = modules.pop("student")
         by = list(modules.values()) or [student]  # its own former generation
         check_lessons(_plan(work), student, by, input_shape=opened.input_shape)
+    if work.recipe.prune is not None:
+        protected = find_protected(student, work.recipe.prune.protect)
+        find_groups(student, opened.input_shape, protect=protected)
 
 
 def prepare_teachers(work: Work, data: Artifact) -> list[Artifact]:

@@ -60,7 +60,7 @@ def say_what_can_be_proven(work: Work, data: Artifact) -> None:
         f"(limit {gate.max_drop_points:g}, confidence {gate.confidence:g})"
     )
     if perfect > gate.max_drop_points:
-        text += ": too few samples for this limit, so the gate cannot pass"
+        text += ": too few for this limit, so only a model better than its reference could pass"
     work.notes.append(text)
     work.workspace.events.note(text)
 
