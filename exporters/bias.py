@@ -1,10 +1,14 @@
 """Bias correction: rounding weights moves the mean of a layer's output; its bias moves it back.
 
-Nagel et al. 2019, §4.2, by measurement: for each int8 Conv and Gemm, in graph order, the mean of
-every output channel over calibration samples is taken in the float and in the int8 graph, and the
-difference goes into the int32 bias. Sequential: a layer is measured with all layers before it
-corrected, since their errors are part of its own; in one pass they would be corrected twice. So
-the int8 graph runs once a layer, up to that layer, with int8 kernels.
+After Nagel et al. 2019, §4.2, by measurement: for each int8 Conv and Gemm, in graph order, the mean
+of (int8 - float) is taken for every output channel over calibration samples, and goes into the
+int32 bias. Two things are settled here:
+
+- Sequential. A layer is measured with all layers before it corrected, since their errors are part
+  of its own; in one pass they would be corrected twice. So both graphs run once a layer, up to it.
+- Only values that pass count: those inside the range of the QuantizeLinear after the layer, which
+  is where its ReLU or ReLU6 lives. A layer whose outputs are mostly negative would otherwise be
+  corrected for values that nobody reads (on a MobileNetV2 that cost 5 dB in the last layer).
 
 Weights, scales and the number of nodes stay as they are.
 """
@@ -17,24 +21,26 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from ..pipeline.errors import ExportError
-from .calibrate import STEP, Samples, input_name, steps
-from .graph import batch_size, drop_unused_initializers, producers
+from .calibrate import LEVELS, STEP, Range, Samples, input_name, steps
+from .graph import arrays, batch_size, consumers, drop_unused_initializers, producers
 from .sessions import open_session
 from .stamp import write_model
 
 Array = np.ndarray[Any, Any]
 
-# A mean over this many images and all their pixels; the cost is one partial run a layer.
+# A mean over these images and all their pixels; the cost is two partial runs a layer.
 SAMPLES = 128
+FEWEST_VALUES = 16  # that pass in a channel: the mean of fewer would move it by chance
 
 
 def correct_bias(
     floating: ModelProto, quantized: ModelProto, samples: Samples, *, threads: int
 ) -> ModelProto:
-    """A copy of `quantized` in which every int8 layer's output has the float layer's mean.
+    """A copy of `quantized` in which every int8 layer's passing output has the float layer's mean.
 
     The first SAMPLES samples are used, in steps. A layer without a bias has nothing to correct.
 
@@ -52,17 +58,11 @@ def correct_bias(
     result = ModelProto()
     result.CopyFrom(quantized)
     biases = int32_biases(result)
-    if not biases:
-        return result
     originals = {node.name: node for node in floating.graph.node}
     some = samples[:SAMPLES]
-    layers = [node for node in result.graph.node if node.name in biases]
-    expected = channel_means(
-        floating, [originals[node.name].output[0] for node in layers], some, threads=threads
-    )
-    for node, mean in zip(layers, expected, strict=True):
-        (found,) = channel_means(result, [node.output[0]], some, threads=threads)
-        _shift(result, biases[node.name], found - mean)
+    for node in [node for node in result.graph.node if node.name in biases]:
+        excess = mean_errors(floating, result, originals[node.name], some, threads=threads)
+        _shift(result, biases[node.name], excess)
     return result
 
 
@@ -80,55 +80,64 @@ def int32_biases(model: ModelProto) -> dict[str, NodeProto]:
     return found
 
 
-def channel_means(
-    model: ModelProto, names: list[str], samples: Samples, *, threads: int
-) -> list[Array]:
-    """Mean over samples and positions of each tensor, (C,) float64 each.
+def mean_errors(
+    floating: ModelProto, quantized: ModelProto, node: NodeProto, samples: Samples, *, threads: int
+) -> Array:
+    """Mean of (int8 - float) of each channel of a layer's output, (C,) float64, over samples and
+    positions whose float value passes; 0 where fewer than FEWEST_VALUES do.
 
     Args:
-        names: outputs of Conv, (N, C, …), or Gemm, (N, C). What lies beyond them is not run.
+        node: the layer in `floating`; its output is (N, C, …). What lies beyond is not run.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "means.onnx")
-        write_model(_averaging(model, names), path)
-        session = open_session(path, threads=threads)
-    source, fixed = input_name(session), batch_size(model)
-    sums: list[Any] = [0.0] * len(names)
-    count = 0
+    name = next(n for n in quantized.graph.node if n.name == node.name).output[0]
+    low, high = passing_range(quantized, name)
+    reference = _session_up_to(floating, node.output[0], threads=threads)
+    candidate = _session_up_to(quantized, name, threads=threads)
+    fixed = batch_size(floating)
+    total: Any = 0.0
+    count: Any = 0
     for batch in steps(samples, fixed or STEP, fixed=fixed is not None):
-        count += len(batch)
-        for index, means in enumerate(session.run(None, {source: batch})):
-            sums[index] = sums[index] + means.sum(axis=0, dtype=np.float64).reshape(-1)
-    return [np.asarray(total / count) for total in sums]
+        (expected,) = reference.run(None, {input_name(reference): batch})
+        (found,) = candidate.run(None, {input_name(candidate): batch})
+        passes = (expected >= low) & (expected <= high)
+        others = (0, *range(2, expected.ndim))
+        total = total + np.where(passes, found - expected, 0).sum(axis=others, dtype=np.float64)
+        count = count + passes.sum(axis=others)
+    means: Array = np.where(count >= FEWEST_VALUES, total / np.maximum(count, 1), 0.0)
+    return means
 
 
-def _averaging(model: ModelProto, names: list[str]) -> ModelProto:
-    """Only what `names` need; outputs their means over positions, so that little is held."""
+def passing_range(model: ModelProto, name: str) -> Range:
+    """What the QuantizeLinear that reads this tensor keeps; everything where none does."""
+    constants = arrays(model)
+    for node in consumers(model).get(name, []):
+        if node.op_type == "QuantizeLinear":
+            scale, zero_point = float(constants[node.input[1]]), int(constants[node.input[2]])
+            return -scale * zero_point, scale * (LEVELS - 1 - zero_point)
+    return -np.inf, np.inf
+
+
+def _session_up_to(model: ModelProto, name: str, *, threads: int) -> ort.InferenceSession:
+    """Only the nodes that `name` needs, with it as the output."""
     writers = producers(model)
     needed: set[str] = set()
-    waiting = list(names)
+    waiting = [name]
     while waiting:
-        name = waiting.pop()
-        if name in writers and name not in needed:
-            needed.update(writers[name].output)
-            waiting += writers[name].input
+        value = waiting.pop()
+        if value in writers and value not in needed:
+            needed.update(writers[value].output)
+            waiting += writers[value].input
     result = ModelProto()
     result.CopyFrom(model)
     del result.graph.node[:]
     result.graph.node.extend(node for node in model.graph.node if needed & set(node.output))
     del result.graph.output[:]
-    for index, name in enumerate(names):
-        output = name
-        if writers[name].op_type == "Conv":
-            output = f"mean#{index}"
-            result.graph.node.append(
-                onnx.helper.make_node("GlobalAveragePool", [name], [output], name=output)
-            )
-        result.graph.output.append(
-            onnx.helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
-        )
+    result.graph.output.append(onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
     drop_unused_initializers(result)
-    return result
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "layer.onnx")
+        write_model(result, path)
+        return open_session(path, threads=threads)
 
 
 def _shift(model: ModelProto, dequantize: NodeProto, excess: Array) -> None:

@@ -36,7 +36,14 @@ from .graph import (
     producers,
     sort_nodes,
 )
-from .int8_check import ABSORBED_OPS, check_int8, check_ranges, check_weight_scales, clip_bounds
+from .int8_check import (
+    ABSORBED_OPS,
+    check_int8,
+    check_ranges,
+    check_weight_scales,
+    clip_bounds,
+    refuse_ranges,
+)
 from .quiet import quiet
 from .rewrites import name_nodes
 from .stamp import strip
@@ -152,6 +159,7 @@ def quantize(
     given = ranges
     if given is None:
         given = ranges_of(floating, samples, calibrator=calibrator, threads=threads)
+    refuse_ranges(floating, given)
     scales = {name: np.asarray(value, np.float32) for name, value in (weight_scales or {}).items()}
     axes = _weight_axes(floating, keep_float)
     _check_scales(floating, scales, axes)

@@ -90,6 +90,17 @@ def check_int8(
     return counts
 
 
+def refuse_ranges(floating: ModelProto, ranges: Mapping[str, Range]) -> None:
+    """Raises ExportError at a name that is no activation, or a range that is no range."""
+    names = activations(floating)
+    for name, (low, high) in ranges.items():
+        if name not in names or not (np.isfinite([low, high]).all() and low <= high):
+            raise ExportError(
+                f"ranges: {name!r} has ({low}, {high}); expected an activation of the float graph "
+                "and finite low ≤ high"
+            )
+
+
 def check_ranges(
     floating: ModelProto,
     quantized: ModelProto,
@@ -109,17 +120,11 @@ def check_ranges(
         The ranges that are not in the file, by tensor name, each with the reason.
 
     Raises:
-        ExportError: a name that is no activation, a range that is no range, a quantized tensor
-            without a range, or a range over values that a deleted Relu or Clip would have cut.
+        ExportError: a quantized tensor without a range, or a range over values that a deleted Relu
+            or Clip would have cut.
         IntegrityError: a range that should have landed and did not.
     """
     names = activations(floating)
-    for name, (low, high) in ranges.items():
-        if name not in names or not (np.isfinite([low, high]).all() and low <= high):
-            raise ExportError(
-                f"ranges: {name!r} has ({low}, {high}); expected an activation of the float graph "
-                "and finite low ≤ high"
-            )
     written, providers = _written(quantized, names)
     reasons = {}
     for name in names:

@@ -110,7 +110,6 @@ class FakeQuant(nn.Module):
             instead[bias.place] = fake_bias(self.graph.tensor(bias.name), scale)
         return instead
 
-    @torch.no_grad()
     def _weight_scales(self) -> dict[str, Tensor]:
         scales = {
             name: weight_scale(self.graph.tensor(name), axis=weight.axis, limit=self._layout.limit)
@@ -188,6 +187,7 @@ def affine(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(usable, step, 1.0).float(), zero.float()
 
 
+@torch.no_grad()
 def weight_scale(weight: Tensor, *, axis: int | None, limit: int) -> Tensor:
     """max |w| / limit, float32: (C,) along `axis`, or a scalar; 1 where that is 0.
 
@@ -199,6 +199,7 @@ def weight_scale(weight: Tensor, *, axis: int | None, limit: int) -> Tensor:
     return torch.where(step >= TINY, step, 1.0).float()
 
 
+@torch.no_grad()
 def scale_with_room(scale: Tensor, bias: Tensor, *, input_scale: Tensor) -> Tensor:
     """The weight's scale, raised where the bias would not fit int32 at scale · input_scale.
 

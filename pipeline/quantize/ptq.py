@@ -48,9 +48,7 @@ def quantize_static(
         float_artifact, data_artifact, context=context, memory_budget_bytes=memory_budget_bytes
     )
     context.events.progress(0, 2, f"calibrating on {len(source.data.calibration)} samples")
-    doubt = doubt_about_samples(*channel_statistics(Prepared(source.data)))
-    if doubt is not None:
-        context.events.note(f"WARNING: calibration: {doubt}")
+    _note_doubts(source, context)
     calibrated = calibrate(source, spec, threads=context.threads)
     quantized = write(calibrated, source, spec, threads=context.threads)
     context.events.progress(1, 2, "measuring on validation")
@@ -101,6 +99,15 @@ def write(
         ranges=calibrated.ranges,
         correct_bias=spec.correct_bias,
     )
+
+
+def _note_doubts(source: Source, context: Context) -> None:
+    """Calibration samples that are unlike the training set. Of unscaled inputs nothing is known."""
+    if all(deviation == 1 for deviation in source.data.preprocess.std or ()):
+        return
+    doubt = doubt_about_samples(*channel_statistics(Prepared(source.data)))
+    if doubt is not None:
+        context.events.note(f"WARNING: calibration: {doubt}")
 
 
 def always_float(model: ModelProto, spec: QuantizeSpec) -> frozenset[str]:

@@ -117,7 +117,8 @@ def leave(
     """Write the stage's file into its scratch folder; what the report should say of it.
 
     Returns: bytes, float_bytes, opset, ir, parameters, multiply_adds, initializer_bytes, ops,
-        encoding (with its reason), calibration_samples, counts, engagement (see
+        encoding (with its reason), calibration_samples, counts, not_written (ranges, with the
+        reason), engagement (see
         `exporters/engagement.py`), validation (see `cost_on_validation`).
 
     Raises:
@@ -141,6 +142,7 @@ def leave(
         "encoding": asdict(encoding),
         "calibration_samples": len(data.calibration),
         "counts": quantized.counts,
+        "not_written": dict(quantized.not_written),
         "engagement": audited,
         "validation": cost_on_validation(source, path, threads=context.threads),
     }

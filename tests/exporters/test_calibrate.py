@@ -64,7 +64,9 @@ def test_minmax_ranges_are_those_of_onnxruntime_widened_to_zero(floating, sample
     theirs.augment_graph()
     theirs.create_inference_session()
     theirs.collect_data(_Once({theirs.infer_session.get_inputs()[0].name: samples}))
-    expected = {n: [float(np.ravel(v)[0]) for v in d.range_value] for n, d in theirs.compute_data().items()}
+    expected = {
+        n: [float(np.ravel(v)[0]) for v in d.range_value] for n, d in theirs.compute_data().items()
+    }
     found = ranges_of(floating, samples, calibrator="minmax", threads=1)
     assert found.keys() == expected.keys()
     assert len(found) > 10
@@ -235,7 +237,9 @@ def test_activations_that_overflow_are_refused(floating, samples):
     broken.CopyFrom(floating)
     for tensor in broken.graph.initializer:
         if tensor.name == "down.weight":
-            tensor.CopyFrom(numpy_helper.from_array(np.full((16, 8, 3, 3), 3e38, "f4"), "down.weight"))
+            tensor.CopyFrom(
+                numpy_helper.from_array(np.full((16, 8, 3, 3), 3e38, "f4"), "down.weight")
+            )
     with pytest.raises(ExportError, match="not finite"):
         ranges_of(broken, samples, calibrator="minmax", threads=1)
 

@@ -46,7 +46,7 @@ def skew(model, seed=0):
 
 
 class Chain(nn.Module):
-    """Conv → ReLU → depthwise → ReLU → Conv in groups → pool → Conv, and a block with a residual."""
+    """Conv, depthwise, Conv in groups, Conv; then a block with a residual."""
 
     def __init__(self):
         super().__init__()

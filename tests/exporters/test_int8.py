@@ -11,15 +11,16 @@ import onnxruntime as ort
 import pytest
 import torch
 from edgestill.exporters.audit import audit
+from edgestill.exporters.calibrate import ranges_of
 from edgestill.exporters.graph import arrays, producers, read_model
 from edgestill.exporters.int8 import encoding_for, quantize
-from edgestill.exporters.int8_check import check_int8
+from edgestill.exporters.int8_check import check_int8, check_ranges
 from edgestill.exporters.rewrites import normalise
 from edgestill.exporters.sessions import open_session, run_batches
 from edgestill.exporters.stamp import stamp, write_model
 from edgestill.exporters.to_onnx import export_onnx
 from edgestill.pipeline.errors import ExportError, IntegrityError
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 from torch import nn
 
 FULL = encoding_for(("arm",))
@@ -130,7 +131,7 @@ def test_stamped_int8_file_loads_in_the_old_runtime_by_its_header(int8, tmp_path
     onnx.checker.check_model(found, full_check=True)
 
 
-def test_percentile_ranges_are_those_of_onnxruntime_and_inside_minmax(floating, samples, int8):
+def test_percentile_ranges_are_inside_minmax(floating, samples, int8):
     clipped = quantize(floating, samples, encoding=REDUCED, calibrator="percentile", threads=1)
     inner, outer = arrays(clipped.model), arrays(int8.model)
     scales = [name for name in outer if name.endswith("_scale") and outer[name].ndim == 0]
@@ -248,3 +249,214 @@ def test_two_processes_write_the_same_bytes(exported, samples, tmp_path):
     for name in ("minmax.onnx", "percentile.onnx"):
         first, second = ((tmp_path / seed / name).read_bytes() for seed in ("1", "2"))
         assert first == second
+
+
+def parameters(model, tensor):
+    """(scale, zero point) of the QuantizeLinear of a tensor of the float graph."""
+    constants = arrays(model)
+    node = next(n for n in model.graph.node if n.name == f"{tensor}_QuantizeLinear")
+    return constants[node.input[1]], constants[node.input[2]]
+
+
+def with_ranges(floating, samples, ranges, **wishes):
+    return quantize(floating, samples[:0], encoding=FULL, threads=1, ranges=ranges, **wishes)
+
+
+@pytest.fixture(scope="module")
+def ranges(floating, samples):
+    return ranges_of(floating, samples, calibrator="minmax", threads=1)
+
+
+def test_given_ranges_need_no_samples_and_give_the_file_of_calibration(floating, samples, ranges):
+    calibrated = quantize(floating, samples, encoding=FULL, calibrator="minmax", threads=1)
+    found = with_ranges(floating, samples, ranges)
+    assert found.model == calibrated.model
+
+
+def test_every_given_range_lands_or_has_a_reason(floating, samples, ranges):
+    moved = {n: (0.77 * low, 0.81 * high) for n, (low, high) in ranges.items()}
+    found = with_ranges(floating, samples, moved)
+    landed = set(moved) - found.not_written.keys()
+    assert len(landed) >= 8
+    for name in landed:
+        low, high = (float(np.float32(end)) for end in moved[name])
+        scale, zero_point = parameters(found.model, name)
+        assert scale == np.float32((high - low) / 255)
+        assert zero_point == round(-low / ((high - low) / 255))
+    said = " | ".join(found.not_written.values())
+    assert "part of its kernel" in said  # before a Relu
+    assert found.not_written["logits"] == "a graph output: it leaves in float"
+
+
+def test_a_range_that_is_missing_is_an_error_and_one_before_a_relu_may_be(
+    floating, samples, ranges
+):
+    absorbed = next(n for n, why in with_ranges(floating, samples, ranges).not_written.items()
+                    if "part of its kernel" in why)  # fmt: skip
+    fewer = {n: r for n, r in ranges.items() if n not in (absorbed, "logits")}
+    assert with_ranges(floating, samples, fewer)
+    fewer.pop("input")
+    with pytest.raises(ExportError, match="none for 'input'"):
+        with_ranges(floating, samples, fewer)
+
+
+def test_a_range_that_undoes_a_relu_is_refused(floating, samples, ranges):
+    relu = next(n for n in floating.graph.node if n.op_type == "Relu").output[0]
+    with pytest.raises(ExportError, match=f"'{relu}' is quantized over"):
+        with_ranges(floating, samples, {**ranges, relu: (-1.0, 3.0)})
+    clip = next(n for n in floating.graph.node if n.op_type == "Clip").output[0]
+    with pytest.raises(ExportError, match=f"'{clip}' is quantized over"):
+        with_ranges(floating, samples, {**ranges, clip: (0.0, 7.0)})
+
+
+@pytest.mark.parametrize("bad", [(2.0, 1.0), (0.0, float("nan")), (float("-inf"), 1.0)])
+def test_a_range_that_is_none_is_refused(floating, samples, ranges, bad):
+    with pytest.raises(ExportError, match="finite low ≤ high"):
+        with_ranges(floating, samples, {**ranges, "input": bad})
+
+
+def test_a_range_of_an_unknown_tensor_is_refused(floating, samples, ranges):
+    with pytest.raises(ExportError, match="'nobody'"):
+        with_ranges(floating, samples, {**ranges, "nobody": (0.0, 1.0)})
+
+
+def test_a_scale_that_did_not_land_is_an_integrity_error(floating, samples, ranges):
+    written = with_ranges(floating, samples, ranges).model
+    other = {**ranges, "input": (-1.0, 1.0)}
+    with pytest.raises(IntegrityError, match="'input' has scale"):
+        check_ranges(floating, written, other, kept=(), op_types=FULL.op_types)
+
+
+@pytest.mark.parametrize("encoding", [FULL, REDUCED])
+def test_given_weight_scales_land_and_weights_beyond_them_saturate(
+    floating, samples, ranges, encoding
+):
+    limit = encoding.largest_weight
+    weights = {n: arrays(floating)[n] for n in ("down.weight", "head.weight")}
+    scales = {n: 0.5 * np.abs(w).reshape(len(w), -1).max(1) / limit for n, w in weights.items()}
+    scales = {n: scale.astype(np.float32) for n, scale in scales.items()}
+    found = quantize(
+        floating, samples, encoding=encoding, threads=1, ranges=ranges, weight_scales=scales
+    )
+    constants = arrays(found.model)
+    for name, weight in weights.items():
+        along = scales[name].reshape(-1, *[1] * (weight.ndim - 1)).astype(np.float64)
+        expected = np.clip(np.round(weight / along), -limit, limit)
+        stored = constants[f"{name}_quantized"]
+        assert np.array_equal(constants[f"{name}_scale"], scales[name])
+        assert np.abs(stored.astype(int)).max() == limit
+        assert np.abs(stored - expected).max() <= 1  # a tie in float32
+        assert (stored != expected).mean() < 0.01
+
+
+def test_weight_scales_that_a_bias_cannot_live_with_are_refused(floating, samples, ranges):
+    tiny = {"down.weight": np.full(16, 1e-13, np.float32)}
+    with pytest.raises(ExportError, match=r"'down.weight' did not reach the file"):
+        with_ranges(floating, samples, ranges, weight_scales=tiny)
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        ("nobody", np.ones(16)),
+        ("down.weight", np.ones(15)),
+        ("down.weight", np.zeros(16)),
+        ("down.weight", np.full(16, np.nan)),
+    ],
+)
+def test_weight_scales_that_fit_nothing_are_refused(floating, samples, ranges, name, scale):
+    with pytest.raises(ExportError, match=f"weight_scales: '{name}'"):
+        with_ranges(floating, samples, ranges, weight_scales={name: scale})
+
+
+def test_named_nodes_stay_float_and_no_others(floating, samples):
+    node = next(n for n in floating.graph.node if n.input[1:2] == ["down.weight"])
+    found = quantize(floating, samples, encoding=FULL, threads=1, keep_float=[node.name])
+    assert found.counts["int8_weights"] == 4
+    assert arrays(found.model)["down.weight"].dtype == np.float32
+    with pytest.raises(IntegrityError, match="kept float weights"):
+        check_int8(floating, found.model)
+
+
+def test_one_layer_alone_may_be_int8(floating, samples):
+    names = [n.name for n in floating.graph.node if n.op_type in ("Conv", "Gemm")]
+    found = quantize(floating, samples, encoding=FULL, threads=1, keep_float=names[1:])
+    assert found.counts["int8_weights"] == 1
+
+
+def test_a_node_to_keep_that_does_not_exist_is_refused(floating, samples):
+    with pytest.raises(ExportError, match="no node named nobody"):
+        quantize(floating, samples, encoding=FULL, threads=1, keep_float=["nobody"])
+
+
+def test_a_bias_with_another_scale_than_its_products_is_an_integrity_error(floating, int8):
+    broken = onnx.ModelProto()
+    broken.CopyFrom(int8.model)
+    for tensor in broken.graph.initializer:
+        if tensor.name == "down.bias_quantized_scale":
+            value = 1.01 * numpy_helper.to_array(tensor)
+            tensor.CopyFrom(numpy_helper.from_array(value.astype(np.float32), tensor.name))
+    with pytest.raises(IntegrityError, match="scale of input times weight"):
+        check_int8(floating, broken)
+
+
+def conv_then(nodes, outputs, *, opset=18, constants=()):
+    """x → Conv → `nodes`, which start from "c"."""
+    rng = np.random.default_rng(0)
+    weight = numpy_helper.from_array(rng.normal(size=(4, 3, 3, 3)).astype(np.float32), "w")
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Conv", ["x", "w"], ["c"], name="conv"), *nodes],
+        "g",
+        [value("x", TensorProto.FLOAT, ["N", 3, 16, 16])],
+        [value(name, TensorProto.FLOAT, None) for name in outputs],
+        [weight, *constants],
+    )
+    return onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", opset)], ir_version=8
+    )
+
+
+def test_a_relu_at_the_end_is_not_lost(samples, tmp_path):
+    model = conv_then([onnx.helper.make_node("Relu", ["c"], ["y"], name="relu")], ["y"])
+    found = quantize(model, samples, encoding=FULL, threads=1)
+    write_model(found.model, tmp_path / "q.onnx")
+    outputs = run_batches(open_session(tmp_path / "q.onnx", threads=1), samples, 16)
+    assert outputs.min() == 0
+    assert outputs.max() > 1
+
+
+def test_a_clip_that_no_uint8_range_can_stand_for_stays_float(samples, tmp_path):
+    bounds = [numpy_helper.from_array(np.float32(b), n) for b, n in ((0.5, "low"), (2, "high"))]
+    clip = onnx.helper.make_node("Clip", ["c", "low", "high"], ["y"], name="clip")
+    model = conv_then([clip], ["y"], constants=bounds)
+    found = quantize(model, samples, encoding=FULL, threads=1)
+    assert "Clip" in [node.op_type for node in found.model.graph.node]
+    write_model(found.model, tmp_path / "q.onnx")
+    outputs = run_batches(open_session(tmp_path / "q.onnx", threads=1), samples, 16)
+    assert (outputs.min(), outputs.max()) == pytest.approx((0.5, 2), abs=0.01)
+
+
+def test_an_opset_without_scales_per_channel_is_refused(samples):
+    model = conv_then([], ["c"], opset=12)
+    with pytest.raises(ExportError, match="opset 12; expected 13"):
+        quantize(model, samples, encoding=FULL, threads=1)
+
+
+def test_weights_that_are_not_finite_are_refused(floating, samples):
+    broken = onnx.ModelProto()
+    broken.CopyFrom(floating)
+    for tensor in broken.graph.initializer:
+        if tensor.name == "down.weight":
+            value = numpy_helper.to_array(tensor).copy()
+            value[0, 0, 0, 0] = np.nan
+            tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+    with pytest.raises(ExportError, match=r"down\.weight are not finite"):
+        quantize(broken, samples, encoding=FULL, threads=1)
+
+
+def test_the_policy_of_operators_stands_with_its_reason():
+    assert REDUCED.op_types == FULL.op_types  # one file for all of them
+    assert "Add" in FULL.op_types
+    assert "Mul" not in FULL.op_types
+    assert "residual Adds" in FULL.op_reason
