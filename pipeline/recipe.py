@@ -200,7 +200,7 @@ class QatSpec(Spec):
 
     epochs: Size = 3
     batch_size: Size = 128
-    lr: Positive = 0.005
+    lr: Positive = 0.001  # of AdamW
     ranges: Literal["learned", "ema"] = "learned"  # of activations
 
 

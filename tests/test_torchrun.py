@@ -286,8 +286,9 @@ def test_only_the_first_process_speaks_and_publishes(killed: dict[str, Any], fol
     assert {name for name, text in spoken.items() if text} == {"0stdout.log"}
     assert not list((folder / "killed").rglob("*.part")) + list((folder / "killed").rglob("*.tmp"))
     assert {path.name for path in (folder / "killed").iterdir()} == {
-        ".edgestill", "model.onnx", "model.fp32.onnx", "student.safetensors", "recipe.yaml",
-        "report.json", "report.md", "samples.parquet", "training.jsonl", "manifest.json",
+        ".edgestill", "model.onnx", "model.fp32.onnx", "student.safetensors", "student.json",
+        "recipe.yaml", "report.json", "report.md", "samples.parquet", "training.jsonl",
+        "manifest.json",
     }  # fmt: skip
 
 

@@ -10,10 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ...exporters.equalize import equalize
 from ...exporters.graph import read_model
 from ...exporters.int8 import encoding_for, quantize
 from ..recipe import ExportSpec, QuantizeSpec
 from ..stage import Context
+from .ptq import always_float
 from .qat import train_qat
 from .result import MODEL, Prepared, leave, open_source
 
@@ -44,8 +46,9 @@ def quantize_aware(
     source = open_source(
         float_artifact, data_artifact, context=context, memory_budget_bytes=memory_budget_bytes
     )
+    floating = equalize(source.model) if spec.equalize else source.model
     result = train_qat(
-        source.model, read_model(ptq_artifact / MODEL), source.data, spec.qat, context=context
+        floating, read_model(ptq_artifact / MODEL), source.data, spec.qat, context=context
     )
     encoding = encoding_for(spec.targets)
     quantized = quantize(
@@ -56,6 +59,7 @@ def quantize_aware(
         threads=context.threads,
         ranges=result.ranges,
         weight_scales=result.weight_scales,
+        keep_float=always_float(floating, spec),
     )
     found = leave(source, quantized, encoding=encoding, export=export, context=context)
     return {**found, "training": asdict(result.training)}
