@@ -298,8 +298,8 @@ def gate(folder: Path, policy: Path | None, as_json: bool) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print report.json instead of Markdown.")
 def report(folder: Path, as_json: bool) -> int:
     """Print the report of the run in FOLDER, after checking it against its manifest."""
+    from .markdown import to_markdown
     from .release import REPORT, read_release
-    from .report import to_markdown
 
     found = read_release(folder)
     click.echo((folder / REPORT).read_text("utf-8") if as_json else to_markdown(found), nl=False)

@@ -15,7 +15,8 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .report import Report, summary_rows
+from .markdown import summary_rows
+from .report import Report
 
 PLAIN_INTERVAL_S = 10.0  # a log reader wants a sign of life, not a flood
 

@@ -13,6 +13,7 @@ import yaml
 
 from .. import __version__
 from . import release
+from .markdown import to_markdown
 from .measure.machine import describe_machine
 from .recipe import Recipe
 from .report import (
@@ -23,7 +24,6 @@ from .report import (
     SelectionRecord,
     SpeedupRecord,
     StageRecord,
-    to_markdown,
 )
 from .stage import Artifact
 from .workspace import file_sha256
