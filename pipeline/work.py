@@ -93,7 +93,8 @@ def run_stage(
     work: Work, name: str, call: Any, *, reads: Mapping[str, Any], together: bool = False
 ) -> Artifact:
     artifact = work.workspace.run_stage(name, call, reads=reads, together=together)
-    work.done.append(artifact)
+    if all(one.path != artifact.path for one in work.done):  # labels serve several students
+        work.done.append(artifact)
     return artifact
 
 

@@ -47,7 +47,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, small_run: Path) -> Path
             Image.fromarray(pixels).save(folder / "photos" / name / f"{index}.png")
     net = open_network("resnet18", args={}, classes=3, input_shape=(3, 32, 32), seed=0)
     torch.save(net.module.state_dict(), folder / "w.pth")
-    export_onnx(net.module, torch.zeros(2, 3, 32, 32), folder / "net.onnx", batch="dynamic")
+    small = open_network("resnet8", args={}, classes=3, input_shape=(3, 32, 32), seed=0)
+    export_onnx(small.module, torch.zeros(2, 3, 32, 32), folder / "net.onnx", batch="dynamic")
     (folder / "release.yaml").write_text("max_drop_points: 50\n")
     shutil.copytree(small_run, folder / "out")
     return folder

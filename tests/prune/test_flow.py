@@ -78,6 +78,32 @@ def test_the_pruned_network_is_rebuilt_from_its_plan_and_weights(
     assert np.abs(logits - shipped).max() < 1e-4 * np.abs(logits).max()
 
 
+def test_each_stage_stands_in_the_report_once(pruned: Path) -> None:
+    stages = [stage["name"] for stage in report_of(pruned)["stages"]]
+
+    assert len(stages) == len(set(stages))
+
+
+def test_with_a_teacher_its_stored_labels_serve_the_recovery_too(
+    tmp_path: Path, compress: Any, small_recipe: Path
+) -> None:
+    prune = "prune: {macs: 0.7, candidates: 1, recover: {epochs: 1}}\n"
+    (tmp_path / "recipe.yaml").write_text(small_recipe.read_text() + prune)
+
+    done = compress(
+        "run", tmp_path / "recipe.yaml", "-o", tmp_path / "out", "--set", "profile=null"
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = report_of(tmp_path / "out")
+    assert report["reference"] == "teacher"
+    names = [one["name"] for one in report["candidates"]]
+    assert names == ["int8 pruned-1", "float pruned-1", "int8", "float"]
+    stages = [stage["name"] for stage in report["stages"]]
+    assert stages.count("labels") == 1
+    assert "labels-dense" not in stages
+
+
 def test_several_steps_recover_between_the_cuts(tmp_path: Path, compress: Any) -> None:
     (tmp_path / "recipe.yaml").write_text(
         RECIPE.replace("candidates: 2", "candidates: 1, steps: 2")
