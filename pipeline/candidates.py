@@ -16,6 +16,7 @@ from . import steps
 from .measure.latency import Row
 from .measure.latency import measure_latency as measure
 from .quantize.result import exceeds
+from .recipe import Recipe
 from .record import Candidate, Chosen
 from .selection import Limits, select
 from .stage import Artifact, Context
@@ -134,9 +135,21 @@ def _measure(
         ]
     choice = select(rows, limits)
     context.events.note(f"candidates: {choice.why}")
+    for text in unmet_wishes(work.recipe, tried[choice.index], dense=tried[-1]):
+        context.events.note(text)
     for row in rows:
         row.pop("raw_ns", None)  # the choice is stored; nobody compares these times again
     return {"rows": rows, "selection": asdict(choice)}
+
+
+def unmet_wishes(recipe: Recipe, chosen: Candidate, *, dense: Candidate) -> list[str]:
+    """What was asked for and does not go on, loudly: a PASS would hide it."""
+    said = []
+    if recipe.prune is not None and chosen.student is dense.student:
+        said.append("WARNING: nothing pruned goes on; the candidates' table shows what each lost")
+    if recipe.quantize is not None and not chosen.is_quantized:
+        said.append("WARNING: a float file goes on, not int8; the candidates' table shows why")
+    return said
 
 
 def _row(one: Candidate) -> dict[str, Any]:
