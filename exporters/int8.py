@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import ModelProto, TensorProto
 from onnxruntime.quantization import QuantType
 from onnxruntime.quantization.calibrate import CalibrationMethod, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -29,7 +29,6 @@ from .float_guard import guard
 from .graph import (
     WEIGHTED_OPS,
     arrays,
-    attribute,
     consumers,
     drop_unused_initializers,
     is_quantized,
@@ -40,7 +39,6 @@ from .int8_check import (
     ABSORBED_OPS,
     check_int8,
     check_ranges,
-    check_weight_scales,
     clip_bounds,
     refuse_ranges,
 )
@@ -80,11 +78,6 @@ class Encoding:
     reason: str
     op_types: tuple[str, ...] = QUANTIZED_OP_TYPES
     op_reason: str = OP_REASON
-
-    @property
-    def largest_weight(self) -> int:
-        """Largest absolute integer of a weight; symmetric, so -128 is left out."""
-        return 64 if self.reduce_range else 127
 
 
 @dataclass(frozen=True)
@@ -131,7 +124,6 @@ def quantize(
     threads: int,
     keep_float: Collection[str] = (),
     ranges: Mapping[str, Range] | None = None,
-    weight_scales: Mapping[str, Array] | None = None,
     correct_bias: bool = False,
 ) -> Quantized:
     """Calibrates on the samples and writes Q and DQ; the same arguments give the same bytes.
@@ -143,13 +135,11 @@ def quantize(
         keep_float: names of nodes of `model` that stay float.
         ranges: of activations, by tensor name; no calibration then. Each one lands in the file or
             in `not_written`. A tensor before a Relu or Clip needs none.
-        weight_scales: float32, one for each output channel, by name of the weight; weights beyond
-            ±64 or ±127 steps saturate. What is not named gets its scale from its own range.
         correct_bias: see bias.py.
 
     Raises:
         ExportError: quantized already, opset too old, BatchNormalization left, nothing to quantize,
-            unknown names, missing or unusable ranges or scales, or what `ranges_of` refuses.
+            unknown names, missing or unusable ranges, or what `ranges_of` refuses.
         IntegrityError: the result is not what int8 must look like.
     """
     _refuse_unfit(model)
@@ -160,16 +150,9 @@ def quantize(
     if given is None:
         given = ranges_of(floating, samples, calibrator=calibrator, threads=threads)
     refuse_ranges(floating, given)
-    scales = {name: np.asarray(value, np.float32) for name, value in (weight_scales or {}).items()}
-    axes = _weight_axes(floating, keep_float)
-    _check_scales(floating, scales, axes)
     kept = {*keep_float, *_constant_adds(floating), *_inexact_clips(floating)}
-    result = _write(
-        _saturated(floating, scales, axes, encoding), given, encoding, kept,
-        {name: _override(scales[name], axes[name]) for name in scales},
-    )  # fmt: skip
+    result = _write(floating, given, encoding, kept)
     not_written = check_ranges(floating, result, given, kept=kept, op_types=encoding.op_types)
-    check_weight_scales(result, scales)
     counts = check_int8(floating, result, keep_float=keep_float)
     if correct_bias:
         result = with_corrected_bias(floating, result, samples, threads=threads)
@@ -222,37 +205,6 @@ def _refuse_unknown(model: ModelProto, keep_float: Collection[str]) -> None:
         )
 
 
-def _weight_axes(model: ModelProto, keep_float: Collection[str]) -> dict[str, int]:
-    """Axis of the output channels of each stored weight that becomes int8."""
-    constants = arrays(model)
-    return {
-        node.input[1]: 1
-        if node.op_type == "MatMul" or (node.op_type == "Gemm" and not attribute(node, "transB", 0))
-        else 0
-        for node in model.graph.node
-        if node.op_type in WEIGHTED_OPS
-        and node.name not in keep_float
-        and node.input[1] in constants
-        and constants[node.input[1]].ndim >= 2
-    }
-
-
-def _check_scales(model: ModelProto, scales: dict[str, Array], axes: dict[str, int]) -> None:
-    constants = arrays(model)
-    for name, scale in scales.items():
-        if name not in axes:
-            raise ExportError(
-                f"weight_scales: {name!r} is no weight that becomes int8; expected one of "
-                f"{', '.join(sorted(axes)[:5])}"
-            )
-        channels = constants[name].shape[axes[name]]
-        if scale.shape != (channels,) or not (np.isfinite(scale) & (scale > 0)).all():
-            raise ExportError(
-                f"weight_scales: {name!r} needs {channels} finite scales > 0, one for each output "
-                f"channel; got shape {scale.shape}, smallest {scale.min():g}"
-            )
-
-
 def _constant_adds(model: ModelProto) -> list[str]:
     """Adds of a constant: a folded BatchNormalization, for which one scale would be coarse."""
     constants = arrays(model)
@@ -277,32 +229,9 @@ def _inexact_clips(model: ModelProto) -> list[str]:
     return inexact
 
 
-def _saturated(
-    model: ModelProto, scales: dict[str, Array], axes: dict[str, int], encoding: Encoding
-) -> ModelProto:
-    """A copy whose weights lie within the integers that their given scale has for them."""
-    result = ModelProto()
-    result.CopyFrom(model)
-    for tensor in result.graph.initializer:
-        if tensor.name in scales:
-            weight = numpy_helper.to_array(tensor)
-            along = [1] * weight.ndim
-            along[axes[tensor.name]] = -1
-            limit = encoding.largest_weight * scales[tensor.name].reshape(along)
-            clipped = np.clip(weight, -limit, limit).astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(clipped, tensor.name))
-    return result
-
-
-def _override(scales: Array, axis: int) -> list[dict[str, Any]]:
-    """One dict a channel, with typed values: anything else is refused late or stored wrongly."""
-    return [{"axis": axis, "scale": scale, "zero_point": np.int8(0)} for scale in scales]
-
-
 def _write(
-    model: ModelProto, ranges: Mapping[str, Range], encoding: Encoding, kept: Collection[str],
-    overrides: dict[str, list[dict[str, Any]]],
-) -> ModelProto:  # fmt: skip
+    model: ModelProto, ranges: Mapping[str, Range], encoding: Encoding, kept: Collection[str]
+) -> ModelProto:
     # onnxruntime asks for a range of everything; what must not be without one is checked afterwards
     known = {name: ranges.get(name, (0.0, 0.0)) for name in activations(model)}
     data = {
@@ -321,11 +250,7 @@ def _write(
             [],
             sorted(kept),
             list(encoding.op_types),
-            {
-                "WeightSymmetric": True,
-                "ActivationSymmetric": False,
-                "TensorQuantOverrides": overrides,
-            },
+            {"WeightSymmetric": True, "ActivationSymmetric": False},
         )
         quantizer.quantize_model()
         result: ModelProto = quantizer.model.model

@@ -2,7 +2,6 @@
 
 `check_int8`            every weight int8, every bias int32 at the scale of its products, the bytes
 `check_ranges`          every activation range landed, or why it could not
-`check_weight_scales`   every given weight scale landed
 
 onnxruntime.quantization ignores a range without a word where it fuses a Relu or passes integers on,
 deletes a Relu whatever the zero point after it, and raises weight scales where an int32 bias would
@@ -143,22 +142,6 @@ def check_ranges(
             )
     _check_absorbed(floating, quantized, written, kept)
     return reasons
-
-
-def check_weight_scales(quantized: ModelProto, scales: Mapping[str, Array]) -> None:
-    """Raises ExportError unless each given weight scale, float32, is in the file bit by bit."""
-    constants = arrays(quantized)
-    for name, scale in scales.items():
-        found = constants.get(f"{name}_scale")
-        if found is None or found.dtype != np.float32 or not np.array_equal(found, scale):
-            where = "" if found is None or found.shape != scale.shape else (
-                f" (channels {np.flatnonzero(found != scale)[:5].tolist()})"
-            )  # fmt: skip
-            raise ExportError(
-                f"weight_scales: those of {name!r} did not reach the file{where}; a channel's "
-                "scale is raised where its bias, divided by the scales of input and weight, "
-                "exceeds 32 bits. Give such a channel a larger scale"
-            )
 
 
 def clip_bounds(node: NodeProto, constants: Mapping[str, Array]) -> Range | None:

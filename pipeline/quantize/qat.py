@@ -50,13 +50,11 @@ class QatResult:
     Attributes:
         model: the float graph with trained weights; names and structure are those it had.
         ranges: (low, high) of each quantized activation, by tensor name.
-        weight_scales: None: each channel's largest weight sets its scale.
         training: what the run did.
     """
 
     model: ModelProto
     ranges: dict[str, tuple[float, float]]
-    weight_scales: dict[str, Array] | None
     training: FitResult
 
 
@@ -67,7 +65,6 @@ def train_qat(
     spec: QatSpec,
     *,
     context: Context,
-    teacher: nn.Module | None = None,
 ) -> QatResult:
     """Train `floating` to hold its accuracy when rounded as `quantized` is.
 
@@ -76,14 +73,13 @@ def train_qat(
     Args:
         floating: the graph of the export stage, one input (N, C, H, W), output logits (N, classes).
         quantized: what `exporters.int8.quantize` made of it; its ranges are where training starts.
-        teacher: gives the logits to imitate, in eval mode; None: `floating` itself.
 
     Raises:
         ExportError: an operator that cannot be trained, or graphs that do not belong together.
         MeasurementError: a loss is not finite.
     """
     student = FakeQuant(GraphModule(floating), read_layout(floating, quantized), ranges=spec.ranges)
-    teacher = GraphModule(floating) if teacher is None else teacher
+    teacher = GraphModule(floating)
     teacher.to(context.device).eval().requires_grad_(False)
     train = train_spec(spec)
     task = imitation(data, teacher, train, context=context)
@@ -91,7 +87,6 @@ def train_qat(
     return QatResult(
         model=student.graph.to_model(),
         ranges=student.learned_ranges(),
-        weight_scales=None,
         training=training,
     )
 

@@ -58,7 +58,6 @@ def quantize_aware(
         calibrator=spec.calibrator,
         threads=context.threads,
         ranges=result.ranges,
-        weight_scales=result.weight_scales,
         keep_float=always_float(floating, spec),
     )
     found = leave(source, quantized, encoding=encoding, export=export, context=context)

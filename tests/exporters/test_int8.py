@@ -327,48 +327,6 @@ def test_a_scale_that_did_not_land_is_an_integrity_error(floating, samples, rang
         check_ranges(floating, written, other, kept=(), op_types=FULL.op_types)
 
 
-@pytest.mark.parametrize("encoding", [FULL, REDUCED])
-def test_given_weight_scales_land_and_weights_beyond_them_saturate(
-    floating, samples, ranges, encoding
-):
-    limit = encoding.largest_weight
-    weights = {n: arrays(floating)[n] for n in ("down.weight", "head.weight")}
-    scales = {n: 0.5 * np.abs(w).reshape(len(w), -1).max(1) / limit for n, w in weights.items()}
-    scales = {n: scale.astype(np.float32) for n, scale in scales.items()}
-    found = quantize(
-        floating, samples, encoding=encoding, threads=1, ranges=ranges, weight_scales=scales
-    )
-    constants = arrays(found.model)
-    for name, weight in weights.items():
-        along = scales[name].reshape(-1, *[1] * (weight.ndim - 1)).astype(np.float64)
-        expected = np.clip(np.round(weight / along), -limit, limit)
-        stored = constants[f"{name}_quantized"]
-        assert np.array_equal(constants[f"{name}_scale"], scales[name])
-        assert np.abs(stored.astype(int)).max() == limit
-        assert np.abs(stored - expected).max() <= 1  # a tie in float32
-        assert (stored != expected).mean() < 0.01
-
-
-def test_weight_scales_that_a_bias_cannot_live_with_are_refused(floating, samples, ranges):
-    tiny = {"down.weight": np.full(16, 1e-13, np.float32)}
-    with pytest.raises(ExportError, match=r"'down.weight' did not reach the file"):
-        with_ranges(floating, samples, ranges, weight_scales=tiny)
-
-
-@pytest.mark.parametrize(
-    ("name", "scale"),
-    [
-        ("nobody", np.ones(16)),
-        ("down.weight", np.ones(15)),
-        ("down.weight", np.zeros(16)),
-        ("down.weight", np.full(16, np.nan)),
-    ],
-)
-def test_weight_scales_that_fit_nothing_are_refused(floating, samples, ranges, name, scale):
-    with pytest.raises(ExportError, match=f"weight_scales: '{name}'"):
-        with_ranges(floating, samples, ranges, weight_scales={name: scale})
-
-
 def test_named_nodes_stay_float_and_no_others(floating, samples):
     node = next(n for n in floating.graph.node if n.input[1:2] == ["down.weight"])
     found = quantize(floating, samples, encoding=FULL, threads=1, keep_float=[node.name])
