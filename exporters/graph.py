@@ -6,8 +6,6 @@ Terms follow the ONNX IR specification (onnx/docs/IR.md).
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import heapq
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -18,6 +16,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped,unused-ignore]
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 
+from ..models.paths import matching, near
 from ..pipeline.errors import ExportError
 
 # What marks a graph as quantized. DequantizeLinear alone is enough: weights may be stored int8.
@@ -158,12 +157,10 @@ def matching_nodes(model: ModelProto, patterns: Collection[str], *, where: str) 
     names = [node.name for node in model.graph.node]
     found: set[str] = set()
     for pattern in patterns:
-        matched = fnmatch.filter(names, pattern)
+        matched = matching(pattern, names)
         if not matched:
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
             raise ExportError(
-                f"{where}: {pattern!r} matches no node of the float graph; near names: "
-                f"{', '.join(near)}"
+                f"{where}: {pattern!r} matches no node of the float graph; {near(pattern, names)}"
             )
         found |= set(matched)
     return frozenset(found)

@@ -11,8 +11,6 @@ torch.compile traces the hooks into the graph (a hook set after compilation is i
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ...exporters.reference import evaluating
+from ...models.paths import matching, near, outermost
 from ..errors import ModelError, RecipeError
 
 
@@ -146,18 +145,17 @@ def find_taps(network: nn.Module, patterns: Sequence[str], *, where: str) -> tup
     if not patterns:
         raise RecipeError(
             f"{where}: expected at least one module of {type(network).__name__}, got an empty "
-            f"list; it has {_some(names)}"
+            f"list; it has {outermost(names)}"
         )
     found: dict[str, None] = {}
     problems = []
     for pattern in patterns:
-        matches = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        matches = matching(pattern, names)
         found.update(dict.fromkeys(matches))
         if not matches:
-            near = difflib.get_close_matches(pattern, names, n=3)
-            hint = f"near names: {', '.join(near)}" if near else f"it has {_some(names)}"
             problems.append(
-                f"{where}: no module named {pattern!r} in {type(network).__name__}; {hint}"
+                f"{where}: no module named {pattern!r} in {type(network).__name__}; "
+                f"{near(pattern, names)}"
             )
     if problems:
         raise RecipeError("\n".join(problems))
@@ -240,18 +238,12 @@ def _submodule(network: nn.Module, path: str) -> nn.Module:
     try:
         return network.get_submodule(path)
     except AttributeError as error:
-        near = difflib.get_close_matches(path, [name for name, _ in network.named_modules()], n=3)
-        meant = f" (near names: {', '.join(near)})" if near else ""
+        names = [name for name, _ in network.named_modules() if name]
         raise ModelError(
-            f"tap {path!r}: {type(network).__name__} has no such module{meant}; name one of its "
+            f"tap {path!r}: {type(network).__name__} has no such module "
+            f"({near(path, names)}); name one of its "
             "modules by its full path"
         ) from error
-
-
-def _some(names: Sequence[str]) -> str:
-    """The outermost names, for a message."""
-    outer = [name for name in names if "." not in name]
-    return ", ".join(outer[:12]) + (", …" if len(outer) > 12 else "") if outer else "no modules"
 
 
 def _dry_run(module: nn.Module, input_shape: Sequence[int]) -> Any:

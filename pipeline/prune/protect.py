@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from collections.abc import Sequence
 
 from torch import nn
 
+from ...models.paths import matching, near
 from ...models.plan import is_within
 from ..errors import RecipeError
 
@@ -21,17 +20,16 @@ def find_protected(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ..
         RecipeError: patterns that match nothing, one a line, with near names.
     """
     names = [name for name, _ in network.named_modules(remove_duplicate=False) if name]
-    problems = []
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            near = difflib.get_close_matches(pattern, names, n=3) or names[:12]
-            problems.append(
-                f"prune.protect: no module named {pattern!r} in {type(network).__name__}; near "
-                f"names: {', '.join(near)}"
-            )
+    problems = [
+        f"prune.protect: no module named {pattern!r} in {type(network).__name__}; "
+        f"{near(pattern, names)}"
+        for pattern in patterns
+        if not matching(pattern, names)
+    ]
     if problems:
         raise RecipeError("\n".join(problems))
-    return tuple(n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns))
+    found = {name for pattern in patterns for name in matching(pattern, names)}
+    return tuple(name for name in names if name in found)
 
 
 def is_protected(path: str, protected: Sequence[str]) -> bool:
