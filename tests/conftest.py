@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,6 +35,49 @@ profile: {launches: 3, runs: 20}
 gate: {max_drop_points: 20}
 compute: {threads: 1}
 """
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The suite shares its machine, and results must not depend on the count."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def coloured(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """`.data`: the folder of a data stage, 90 images of 8 × 8 in three classes; `.root`."""
+    import numpy as np
+    from edgestill.pipeline.data.stage import prepare_data
+    from edgestill.pipeline.recipe import DataSpec
+    from edgestill.pipeline.stage import Context, Silent
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("coloured")
+    generator = np.random.default_rng(0)
+    for label, colour in enumerate(("red", "green", "blue")):
+        (root / "images" / colour).mkdir(parents=True)
+        for index in range(30):
+            pixels = generator.integers(0, 120, (8, 8, 3), dtype=np.uint8)
+            pixels[..., label] += 90
+            Image.fromarray(pixels).save(root / "images" / colour / f"{index}.png")
+    scratch = root / "data"
+    scratch.mkdir()
+    spec = DataSpec.model_validate(
+        {
+            "train": {"path": str(root / "images")},
+            "test": {"fraction": 0.2},
+            "validation": 0.3,
+            "calibration": 8,
+            "preprocess": {"mean": [0.3, 0.3, 0.3], "std": [0.2, 0.2, 0.2]},
+        }
+    )
+    prepare_data(spec, context=Context(0, 1, "cpu", scratch, Silent()))
+    return SimpleNamespace(data=scratch, root=root)
 
 
 @pytest.fixture(scope="session")

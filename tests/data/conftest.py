@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from edgestill.pipeline.data.dataset import Data, open_data
 from edgestill.pipeline.data.stage import prepare_data
 from edgestill.pipeline.recipe import DataSpec
@@ -106,11 +105,3 @@ def make() -> SimpleNamespace:
     return SimpleNamespace(
         picture=picture, png=png, folder=write_folder, parquet=write_parquet, structs=structs
     )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -54,14 +54,6 @@ def images(n: int, *, side: int = 16, seed: int = 1) -> np.ndarray:
     return picture
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def net() -> SmallNet:
     return make_net()

@@ -79,9 +79,9 @@ def as_if(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_half_the_multiply_adds_stay_in_networks_that_load_as_they_were_left(
-    dense: Path, prepared: SimpleNamespace, tmp_path: Path, as_if: list[int]
+    dense: Path, coloured: SimpleNamespace, tmp_path: Path, as_if: list[int]
 ) -> None:
-    record = run(tmp_path / "a", dense, prepared.data, macs=0.5, candidates=5)
+    record = run(tmp_path / "a", dense, coloured.data, macs=0.5, candidates=5)
 
     whole = record["dense"]["multiply_adds"]
     kept = {row["kept"]: row for row in record["candidates"] if row["kept"]}
@@ -102,12 +102,12 @@ def test_half_the_multiply_adds_stay_in_networks_that_load_as_they_were_left(
 
 
 def test_candidates_are_really_exported_and_timed(
-    prepared: SimpleNamespace, tmp_path: Path
+    coloured: SimpleNamespace, tmp_path: Path
 ) -> None:
     network = open_network("plain_cnn_small", args={}, classes=3, input_shape=SHAPE, seed=0)
     dense = store(tmp_path / "dense", network)
 
-    record = run(tmp_path / "a", dense, prepared.data, macs=0.5)
+    record = run(tmp_path / "a", dense, coloured.data, macs=0.5)
 
     assert [row["kept"] for row in record["candidates"]] == [1]
     assert record["candidates"][0]["p50_ms"] > 0
@@ -115,10 +115,10 @@ def test_candidates_are_really_exported_and_timed(
 
 
 def test_search_is_the_same_again(
-    dense: Path, prepared: SimpleNamespace, tmp_path: Path, as_if: list[int]
+    dense: Path, coloured: SimpleNamespace, tmp_path: Path, as_if: list[int]
 ) -> None:
     first, second = (
-        run(tmp_path / name, dense, prepared.data, macs=0.6, importance="taylor", blocks=False)
+        run(tmp_path / name, dense, coloured.data, macs=0.6, importance="taylor", blocks=False)
         for name in "ab"
     )
 
@@ -129,11 +129,11 @@ def test_search_is_the_same_again(
 
 
 def test_second_step_is_a_share_of_the_dense_network_and_its_plan_of_the_factorys(
-    dense: Path, prepared: SimpleNamespace, tmp_path: Path, as_if: list[int]
+    dense: Path, coloured: SimpleNamespace, tmp_path: Path, as_if: list[int]
 ) -> None:
     wish = {"parameters": 0.36, "steps": 2, "importance": "bn", "candidates": 1, "blocks": False}
-    first = run(tmp_path / "a", dense, prepared.data, **wish)
-    second = run(tmp_path / "b", dense, prepared.data, network=tmp_path / "a" / "1", step=2, **wish)
+    first = run(tmp_path / "a", dense, coloured.data, **wish)
+    second = run(tmp_path / "b", dense, coloured.data, network=tmp_path / "a" / "1", step=2, **wish)
 
     whole = first["dense"]["parameters"]
     assert (first["goal"], second["goal"]) == (pytest.approx(0.6), pytest.approx(0.36))
@@ -145,9 +145,9 @@ def test_second_step_is_a_share_of_the_dense_network_and_its_plan_of_the_factory
 
 
 def test_latency_is_measured_until_it_is_low_enough(
-    dense: Path, prepared: SimpleNamespace, tmp_path: Path, as_if: list[int]
+    dense: Path, coloured: SimpleNamespace, tmp_path: Path, as_if: list[int]
 ) -> None:
-    record = run(tmp_path / "a", dense, prepared.data, latency=0.5, blocks=False)
+    record = run(tmp_path / "a", dense, coloured.data, latency=0.5, blocks=False)
 
     (row,) = record["candidates"]
     assert 0.3 * record["dense"]["p50_ms"] < row["p50_ms"] <= 0.5 * record["dense"]["p50_ms"]
@@ -155,23 +155,23 @@ def test_latency_is_measured_until_it_is_low_enough(
 
 
 def test_goal_that_would_empty_layers_is_an_error(
-    dense: Path, prepared: SimpleNamespace, tmp_path: Path, as_if: list[int]
+    dense: Path, coloured: SimpleNamespace, tmp_path: Path, as_if: list[int]
 ) -> None:
     with pytest.raises(RecipeError, match=r"prune\.macs: 0\.01 .* would leave layers empty"):
-        run(tmp_path / "a", dense, prepared.data, macs=0.01)
+        run(tmp_path / "a", dense, coloured.data, macs=0.01)
 
 
 def test_pattern_that_matches_nothing_is_an_error(
-    dense: Path, prepared: SimpleNamespace, tmp_path: Path
+    dense: Path, coloured: SimpleNamespace, tmp_path: Path
 ) -> None:
     with pytest.raises(RecipeError, match="near names: layer1"):
-        run(tmp_path / "a", dense, prepared.data, macs=0.5, protect=["layr1"])
+        run(tmp_path / "a", dense, coloured.data, macs=0.5, protect=["layr1"])
 
 
 def test_protected_layers_keep_their_weights(
-    dense: Path, prepared: SimpleNamespace, tmp_path: Path, as_if: list[int]
+    dense: Path, coloured: SimpleNamespace, tmp_path: Path, as_if: list[int]
 ) -> None:
-    run(tmp_path / "a", dense, prepared.data, macs=0.8, protect=["layer3*"], candidates=1)
+    run(tmp_path / "a", dense, coloured.data, macs=0.8, protect=["layer3*"], candidates=1)
 
     before = load_network(dense).network.module.get_submodule("layer3")
     after = load_network(tmp_path / "a" / "1").network.module.get_submodule("layer3")
@@ -179,7 +179,7 @@ def test_protected_layers_keep_their_weights(
         assert torch.equal(after.get_parameter(name), weight)
 
 
-def test_captured_program_cannot_be_pruned(prepared: SimpleNamespace, tmp_path: Path) -> None:
+def test_captured_program_cannot_be_pruned(coloured: SimpleNamespace, tmp_path: Path) -> None:
     module = open_network("plain_cnn_small", args={}, classes=3, input_shape=SHAPE, seed=0).module
     batch = ({0: torch.export.Dim("N")},)
     program = torch.export.export(module, (torch.zeros(2, *SHAPE),), dynamic_shapes=batch)
@@ -188,4 +188,4 @@ def test_captured_program_cannot_be_pruned(prepared: SimpleNamespace, tmp_path: 
     folder = store(tmp_path / "stored", network)
 
     with pytest.raises(ModelError, match=r"captured program cannot be pruned.*FILE\.py:factory"):
-        run(tmp_path / "a", folder, prepared.data, macs=0.5)
+        run(tmp_path / "a", folder, coloured.data, macs=0.5)

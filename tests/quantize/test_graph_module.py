@@ -129,14 +129,6 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def single(op, inputs, attributes, *, opset=20, outputs=1):
     """A graph of one node. The first input is the graph's, the others are stored."""
     names = ["" if value is None else f"in.{i}" for i, value in enumerate(inputs)]

@@ -42,14 +42,6 @@ class Notes(Silent):
         self.notes.append(text)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def net():
     torch.manual_seed(0)

@@ -39,14 +39,6 @@ class FixesFloats(Net):
         return super().forward(x) + nn.functional.linear(x.mean((2, 3)), torch.zeros(4, 3))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def samples():
     rng = np.random.default_rng(0)
