@@ -16,7 +16,7 @@ from .errors import UsageError
 from .recipe import PreprocessSpec, Recipe
 from .recipe_file import BUILT_IN_DATA, Document, complete
 
-TEST_FRACTION = 0.3  # of a set that comes without a test set; as `compress init` takes
+TEST_FRACTION = 0.2  # of a set that comes without a test set; `compress init` takes it too
 
 
 @dataclass(frozen=True)

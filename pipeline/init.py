@@ -21,13 +21,13 @@ from ..models.weights import load_weights, read_state
 from .data.look import Look, inputs_of, look_at, source_at
 from .data.readers import open_source
 from .errors import OutputError
+from .file_recipe import TEST_FRACTION
 from .gate import provable_drop
 from .measure.accuracy import run_module
 from .recipe import PreprocessSpec
 from .workspace import write_atomically
 
 BATCH = 32
-TEST_FRACTION = 0.2
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 # How trained nets commonly see pixels: (channels, mean, std) after /255.
 CONVENTIONS = {

@@ -15,6 +15,7 @@ from onnx import ModelProto, TensorProto
 
 from ..exporters.audit import audit
 from ..exporters.graph import is_quantized, read_model
+from ..exporters.int8 import OLDEST_OPSET
 from ..exporters.sessions import open_session, run_batches
 from ..exporters.simplify import simplify
 from ..exporters.stamp import stamp as stamped
@@ -29,7 +30,6 @@ from .stage import Context
 
 EXPORTED, MODEL = "exported.onnx", "model.onnx"
 SAMPLES = 64  # as the export stage's
-OLDEST_OPSET = 13  # QuantizeLinear and DequantizeLinear know scales per channel since
 
 
 def take_float(

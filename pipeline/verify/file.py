@@ -5,10 +5,11 @@ elsewhere. No torch.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ...exporters.engagement import as_text, engagement
 from ...exporters.graph import is_quantized, read_model
-from ...exporters.saturation import saturating_pairs
+from ...exporters.saturation import saturating_pairs, total
 from ..data.look import inputs_of, look_at, source_at
 from ..recipe import PreprocessSpec
 
@@ -38,14 +39,14 @@ def audit_file(
     return "\n".join(lines)
 
 
-def _saturation(layers: list[dict[str, int | str]], n: int) -> str:
+def _saturation(layers: list[dict[str, Any]], n: int) -> str:
     """What an x86 CPU without VNNI would compute wrongly."""
-    total = sum(int(layer["saturating"]) for layer in layers)
-    if not total:
+    count = total(layers)["saturating"]
+    if not count:
         return f"x86 without VNNI: no pair sum of {len(layers)} layers saturates on {n} images"
-    worst = sorted(layers, key=lambda layer: -int(layer["saturating"]))[:5]
-    named = ", ".join(f"{one['name']} {one['saturating']}" for one in worst if one["saturating"])
+    worst = sorted(layers, key=lambda layer: -layer["saturating"])[:5]
+    named = ", ".join(f"{one['name']} {one['saturating']:,}" for one in worst if one["saturating"])
     return (
-        f"x86 without VNNI: {total} pair sums saturate on {n} images ({named}): such a CPU "
+        f"x86 without VNNI: {count:,} pair sums saturate on {n} images ({named}): such a CPU "
         "computes something else; quantize with x86 among the targets"
     )
