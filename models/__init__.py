@@ -6,7 +6,9 @@
     user_code.py  a user's own module, isolated from everybody else's modules of the same name
     program.py    a .pt2 file, read without running code hidden in it
     weights.py    checkpoints: read, check, load
+    plan.py       what pruning left of a network, as sizes: enough to build it again
     store.py      a network on disk: weights, reference and all a user of it has to know
+    paths.py      names that a user writes as patterns
 
 Importing this package imports nothing.
 """
