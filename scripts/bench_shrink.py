@@ -102,7 +102,13 @@ PARTS: dict[str, Callable[[Wish], dict[str, Any]]] = {"prune": prune, "int8": in
 
 def made(name: str, sections: dict[str, Any], wish: Wish) -> Report:
     """The main job with these sections, in a folder of this net's own: training is shared."""
-    recipe = Recipe.model_validate(
+    report = run(recipe_of(name, sections, wish), wish.work / name, events=Silent())
+    assert report is not None
+    return report
+
+
+def recipe_of(name: str, sections: dict[str, Any], wish: Wish) -> Recipe:
+    return Recipe.model_validate(
         {
             "data": {
                 "train": {"path": str(subset(wish))},
@@ -116,9 +122,6 @@ def made(name: str, sections: dict[str, Any], wish: Wish) -> Report:
             **sections,
         }
     )
-    report = run(recipe, wish.work / name, events=Silent())
-    assert report is not None
-    return report
 
 
 def described(report: Report) -> dict[str, Any]:
