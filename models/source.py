@@ -4,8 +4,10 @@
     /dir/net.py:factory   a user's own function or class; called with `args`, and with `classes` or
                           `num_classes`, `in_channels` and `input_shape` if it names them
     /dir/net.pt2          torch.export.save; cannot be trained
+    hf:/dir               a local Hugging Face folder; called with `args` as its configuration
 
-Weights come from `weights.py`; here they are initialised, from the given seed alone.
+Weights come from `weights.py`, those of a Hugging Face folder from `hf.py`; here they are
+initialised, from the given seed alone.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from ..pipeline.errors import ModelError
 from . import zoo
+from .hf_folder import CONFIG, HfFolder, find_folder
 from .plan import Plan
 from .program import open_program
 from .user_code import UserFolder, blaming, call_factory, open_factory
@@ -52,7 +55,7 @@ def open_network(
     """Build the network and run it once.
 
     Args:
-        reference: zoo name, FILE.py:factory or FILE.pt2; paths are absolute.
+        reference: zoo name, FILE.py:factory, FILE.pt2 or hf:DIR; paths are absolute.
         args: passed to the factory.
         classes: C that the logits (N, C) must have.
         input_shape: (C, H, W) of the data.
@@ -67,11 +70,31 @@ def open_network(
             return _open_program(reference, args, classes=classes, input_shape=shape)
         if ".py:" in reference or reference.endswith(".py"):
             return _open_user_code(reference, args, classes=classes, input_shape=shape)
+        folder = find_folder(reference)
+        if folder is not None:
+            return _open_hf(folder, reference, args, classes=classes, input_shape=shape)
         module = zoo.build(reference, args, classes=classes, in_channels=shape[0])
         with _own_failure(reference, shape):
             output = _run(module, (2, *shape))
         _check_output(output, reference, batch=2, classes=classes, to_do="")
         return Network(module, reference, dict(args), trainable=True)
+
+
+def _open_hf(
+    folder: HfFolder,
+    reference: str,
+    args: Mapping[str, Any],
+    *,
+    classes: int,
+    input_shape: tuple[int, int, int],
+) -> Network:
+    from .hf import build  # transformers is not needed elsewhere
+
+    module = build(folder, args, classes=classes)
+    with _own_failure(reference, input_shape):
+        output = _run(module, (2, *input_shape))
+    _check_output(output, reference, batch=2, classes=classes, to_do="")
+    return Network(module, reference, dict(args), trainable=True, sources=(folder.path / CONFIG,))
 
 
 def _open_program(

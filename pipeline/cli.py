@@ -214,7 +214,9 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
 
 
 @cli.command()
-@click.option("--model", required=True, metavar="M", help="Zoo name, FILE.py:factory or FILE.pt2.")
+@click.option(
+    "--model", required=True, metavar="M", help="Zoo name, FILE.py:factory, FILE.pt2 or hf:DIR."
+)
 @click.option("--weights", type=click.Path(path_type=Path), help="Its trained weights.")
 @click.option(
     "--data",

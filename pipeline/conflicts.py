@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..models.hf_folder import find_folder
 from .strategy import choose
 from .training_spec import TAUGHT, FeatureSpec, SoftSpec
 
@@ -19,7 +20,8 @@ def conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
 def _network_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
     teachers, student, distill = recipe.teachers, recipe.student, recipe.distill
     networks = [*teachers, student]
-    given = [n for n in networks if n.weights is not None]
+    given = [n for n in networks if n.weight_files and not (n.is_program or n.is_onnx)]
+    folders = [folder for n in given if n.head == "keep" and (folder := find_folder(n.model))]
     is_joint = distill is not None and distill.target == "joint"
     return [
         (
@@ -70,7 +72,16 @@ def _network_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
             "weights: a .pt2 file holds its own weights; leave `weights` out",
         ),
         (
-            any(n.head == "new" and n.weights is None for n in networks),
+            any(n.is_hf and n.weights is not None for n in networks),
+            "weights: an hf: folder holds its own weights; leave `weights` out",
+        ),
+        (
+            any(not folder.names_its_classes for folder in folders) and recipe.data.labels is None,
+            "data.labels: the hf: folder calls its classes LABEL_0, LABEL_1, …, so nothing says "
+            "which is which; list the names in its order, or set `head: new` and train it",
+        ),
+        (
+            any(n.head == "new" and n not in given for n in networks),
             "head: `new` replaces the classifier of given weights, and none are given",
         ),
         (

@@ -16,15 +16,17 @@ import torch
 import yaml
 from PIL import Image
 
+from ..models.hf_folder import PREFIX as HF
+from ..models.hf_folder import find_folder
 from ..models.source import Network, open_network
-from ..models.weights import load_weights, read_state
 from .data.look import Look, inputs_of, look_at, source_at
 from .data.readers import open_source
+from .distill.networks import load_given
 from .errors import OutputError
 from .file_recipe import TEST_FRACTION
 from .gate import provable_drop
 from .measure.accuracy import run_module
-from .recipe import PreprocessSpec
+from .recipe import PreprocessSpec, StudentSpec
 from .workspace import write_atomically
 
 BATCH = 32
@@ -62,7 +64,10 @@ def write_recipe(
         else round(TEST_FRACTION * len(look.source.labels))
     )
     limit = _limit(n_test)
-    preprocess, reason = _preprocess(model, weights, look=look, side=side)
+    spec = StudentSpec(
+        model=_absolute_model(model, Path.cwd()), weights=None if weights is None else str(weights)
+    )
+    preprocess, reason = _preprocess(spec, look=look, side=side)
     lines.append(reason)
     text = _render(
         model=_relative_model(model, base),
@@ -73,6 +78,7 @@ def write_recipe(
         found=lines,
         limit=limit,
         n_test=n_test,
+        trained=spec.is_trained,
     )
     write_atomically(out, text.encode())
     return [*lines, f"wrote {out}; next: compress run {out}"]
@@ -98,16 +104,20 @@ def _limit(n_test: int) -> float:
 
 
 def _preprocess(
-    model: str, weights: Path | None, *, look: Look, side: int
+    student: StudentSpec, *, look: Look, side: int
 ) -> tuple[PreprocessSpec | None, str]:
     """The section to write, and why; None where nothing is needed."""
     resize = None if look.sizes == {(side, side)} else round(side * 8 / 7)  # 256 for 224
-    if weights is None and not model.endswith(".pt2"):
+    folder = find_folder(student.model)
+    said = folder.preprocess() if folder is not None and student.is_trained else None
+    if said is not None:
+        return PreprocessSpec.model_validate(said), f"preprocessing: from {student.model}"
+    if not student.is_trained:
         if resize is None:
             return None, "preprocessing: pixels as they are, mean and std of the training set"
         spec = PreprocessSpec(resize=resize, crop=(side, side))
         return spec, f"preprocessing: shorter side to {resize}, centre {side}×{side}"
-    accuracies = dict(_measure(model, weights, look=look, resize=resize, side=side))
+    accuracies = dict(_measure(student, look=look, resize=resize, side=side))
     best = max(accuracies, key=lambda name: accuracies[name])
     figures = ", ".join(f"{name} {100 * value:.1f} %" for name, value in accuracies.items())
     return _convention(best, resize, side), (
@@ -124,15 +134,13 @@ def _convention(name: str, resize: int | None, side: int) -> PreprocessSpec:
 
 
 def _measure(
-    model: str, weights: Path | None, *, look: Look, resize: int | None, side: int
+    student: StudentSpec, *, look: Look, resize: int | None, side: int
 ) -> Iterator[tuple[str, float]]:
-    reference = _absolute_model(model, Path.cwd())
-    shape = (3, side, side)
+    names = look.source.class_names
     network = open_network(
-        reference, args={}, classes=len(look.source.class_names), input_shape=shape, seed=0
+        student.model, args={}, classes=len(names), input_shape=(3, side, side), seed=0
     )
-    if weights is not None:
-        load_weights(network.module, read_state(weights), head="keep", where="student")
+    load_given(network.module, student, names, where="student")
     network.module.eval()
     labels = np.array(look.labels)
     for name in CONVENTIONS:
@@ -159,6 +167,8 @@ def _relative(path: Path, base: Path) -> str:
 
 
 def _absolute_model(model: str, base: Path) -> str:
+    if model.startswith(HF):
+        return HF + os.path.normpath(base / Path(model.removeprefix(HF)).expanduser())
     if model.endswith(".pt2") or ".py:" in model:
         return os.path.normpath(base / Path(model).expanduser())
     return model
@@ -166,6 +176,8 @@ def _absolute_model(model: str, base: Path) -> str:
 
 def _relative_model(model: str, base: Path) -> str:
     absolute = _absolute_model(model, Path.cwd())
+    if absolute.startswith(HF):
+        return HF + os.path.relpath(absolute.removeprefix(HF), base)
     return model if absolute == model else os.path.relpath(absolute, base)
 
 
@@ -179,13 +191,13 @@ def _render(
     found: list[str],
     limit: float,
     n_test: int,
+    trained: bool,
 ) -> str:
     comments = "\n".join(f"# {line}" for line in found)
     tested = f"{{path: {_scalar(test)}}}" if test else f"{{fraction: {TEST_FRACTION}}}"
     student = [f"  model: {_scalar(model)}"]
     if weights is not None:
         student.append(f"  weights: {_scalar(weights)}")
-    trained = weights is not None or model.endswith(".pt2")
     if not trained:
         student.append(
             "  train:                             # learnt from the labels; add a `teacher:` "

@@ -14,10 +14,10 @@ from pathlib import Path
 from torch import nn
 
 from ..models.source import open_network
-from ..models.weights import load_weights, read_state
 from .data.dataset import Data
 from .distill.label_store import network_sha256
 from .distill.labels import store_labels as store
+from .distill.networks import load_given
 from .distill.student import JOINT_TEACHER, Lessons, check_lessons
 from .distill.student import train_student as train
 from .distill.teacher import prepare_teacher as teach
@@ -250,15 +250,12 @@ def _check_network(spec: NetworkSpec, data: Data, *, where: str) -> tuple[nn.Mod
         input_shape=data.input_shape,
         seed=0,
     )
+    load_given(network.module, spec, data.class_names, where=where)
     digest = hashlib.sha256()
-    if spec.weights is not None:
-        path = Path(spec.weights)
-        load_weights(network.module, read_state(path), head=spec.head, where=where)
+    for path in spec.weight_files:
         digest.update(file_sha256(path).encode())
     for source in network.sources:
         digest.update(f"{source.name} {file_sha256(source)}\n".encode())
-    if spec.is_program:
-        digest.update(file_sha256(Path(spec.model)).encode())
     return network.module, digest.hexdigest()
 
 

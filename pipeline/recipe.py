@@ -7,10 +7,13 @@ recipe leaves out is an error here, before anything is trained.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from ..models.hf_folder import PREFIX as HF
+from ..models.hf_folder import find_folder
 from .spec import Fraction, Positive, Size, Spec
 from .training_spec import DistillSpec, TrainSpec
 
@@ -110,10 +113,11 @@ class DataSpec(Spec):
 
 
 class NetworkSpec(Spec):
-    """Where a network comes from: a zoo name, FILE.py:factory, FILE.pt2; a student: FILE.onnx."""
+    """Where a network comes from: a zoo name, FILE.py:factory, FILE.pt2, hf:DIR, a local Hugging
+    Face folder with its weights if it has them; a student: FILE.onnx."""
 
     model: str
-    args: dict[str, Any] = Field(default_factory=dict)  # passed to the factory
+    args: dict[str, Any] = Field(default_factory=dict)  # passed to the factory or configuration
     weights: str | None = None  # safetensors, or a state dict that torch.load(weights_only) reads
     head: Literal["keep", "new"] = "keep"  # new: the classifier is replaced, for another task
     train: TrainSpec | None = None
@@ -127,8 +131,22 @@ class NetworkSpec(Spec):
         return self.model.endswith(".onnx")
 
     @property
+    def is_hf(self) -> bool:
+        return self.model.startswith(HF)
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The files that hold weights it has already; empty: it is not trained yet."""
+        if self.weights is not None:
+            return (Path(self.weights),)
+        if self.is_program or self.is_onnx:
+            return (Path(self.model),)
+        folder = find_folder(self.model)
+        return () if folder is None else folder.weights
+
+    @property
     def is_trained(self) -> bool:
-        return self.weights is not None or self.is_program or self.is_onnx
+        return bool(self.weight_files)
 
 
 class TeacherSpec(NetworkSpec):

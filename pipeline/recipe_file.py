@@ -19,6 +19,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from ..models.hf_folder import PREFIX as HF
+from ..models.hf_folder import find_folder
 from .errors import RecipeError
 from .recipe import Recipe
 from .training_spec import objective_names
@@ -60,6 +62,7 @@ def complete(document: Document, *, overrides: Sequence[str] = ()) -> Recipe:
     """
     for text in overrides:
         _override(document, text)
+    _take_preprocess(document)
     return validate(Recipe, document)
 
 
@@ -194,7 +197,34 @@ def _resolve_paths(
             section[key] = _absolute(value, base, is_model=key == "model")
 
 
+def _take_preprocess(document: Document) -> None:
+    """Where the recipe says nothing of preprocessing, trained hf: folders say it, in place."""
+    data = document.data.get("data")
+    if not isinstance(data, dict) or data.get("preprocess") is not None:
+        return
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("teacher", "student"):
+        section = document.data.get(name)
+        for one in section if isinstance(section, list) else (section,):
+            model = one.get("model") if isinstance(one, dict) else None
+            folder = find_folder(model) if isinstance(model, str) else None
+            if folder is not None and folder.weights and (said := folder.preprocess()):
+                found[str(model)] = said
+    if not found:
+        return
+    first, *others = found
+    different = [model for model in others if found[model] != found[first]]
+    if different:
+        raise RecipeError(
+            f"{document.name}: {first} and {different[0]} were trained with different "
+            "preprocessing, and all networks see the same images: write `data.preprocess`"
+        )
+    data["preprocess"] = found[first]
+
+
 def _absolute(value: str, base: Path, *, is_model: bool) -> str:
+    if is_model and value.startswith(HF):
+        return HF + _absolute(value.removeprefix(HF), base, is_model=False)
     if is_model and not (value.endswith((".pt2", ".onnx")) or ".py:" in value):
         return value  # a zoo name
     if not is_model and value in BUILT_IN_DATA:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..models.hf_folder import PREFIX as HF
 from .data.dataset import Data, open_data
 from .errors import RecipeError
 from .measure.machine import available_threads, cpu_capability
@@ -19,7 +20,8 @@ from .workspace import Workspace, tree_sha256
 PACKAGE = Path(__file__).resolve().parent.parent
 SOURCES = ("models", "exporters", "pipeline")  # the root also holds tests, and perhaps a .venv
 # Releases that change a stage's bytes; the rest of the environment is in the report.
-PINNED = ("torch", "onnx", "onnxruntime", "onnxscript", "onnxsim", "numpy", "pillow")
+PINNED = ("torch", "onnx", "onnxruntime", "onnxscript", "onnxsim", "numpy", "pillow",
+          "transformers")  # fmt: skip
 
 
 @dataclass
@@ -110,8 +112,9 @@ def without_paths(value: Any) -> Any:
     """The same tree without absolute paths: where a file lies does not change what is in it."""
     if isinstance(value, dict):
         return {key: without_paths(inner) for key, inner in value.items()}
-    if isinstance(value, str) and Path(value.partition(".py:")[0]).is_absolute():
-        return Path(value).name
+    if isinstance(value, str):
+        path = Path(value.removeprefix(HF).partition(".py:")[0])
+        return Path(value).name if path.is_absolute() else value
     return value
 
 

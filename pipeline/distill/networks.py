@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
+from ...models.hf_folder import find_folder
 from ...models.source import Network, open_network
 from ...models.store import count_parameters, save_network
 from ...models.weights import LoadReport, load_weights, read_state
@@ -41,11 +44,26 @@ def build(
         input_shape=data.input_shape,
         seed=derive_seed(context.seed, where, "weights", *([generation] if generation > 1 else [])),
     )
-    report = None
+    return network, load_given(network.module, spec, data.class_names, where=where)
+
+
+def load_given(
+    module: nn.Module, spec: NetworkSpec, class_names: Sequence[str], *, where: str
+) -> LoadReport | None:
+    """Loads the weights that the recipe gives, if any; those of a .pt2 are in it already.
+
+    Raises:
+        WeightsError: they cannot be read or do not fit.
+    """
     if spec.weights is not None:
         state = read_state(Path(spec.weights))
-        report = load_weights(network.module, state, head=spec.head, where=where)
-    return network, report
+        return load_weights(module, state, head=spec.head, where=where)
+    folder = find_folder(spec.model)
+    if folder is None or not folder.weights:
+        return None
+    from ...models.hf import load  # transformers is not needed elsewhere
+
+    return load(module, folder, head=spec.head, class_names=class_names, where=where)
 
 
 def measure_validation(

@@ -17,7 +17,8 @@ from typing import Any
 
 ROOT = Path("/")
 
-LIBRARIES = ("torch", "onnx", "onnxruntime", "onnxscript", "onnxsim", "numpy", "scipy", "pillow")
+LIBRARIES = ("torch", "onnx", "onnxruntime", "onnxscript", "onnxsim", "numpy", "scipy", "pillow",
+             "transformers")  # fmt: skip
 
 # What changes which kernels run, and so both the speed and the last bits of a result. Names are
 # those of /proc/cpuinfo.
