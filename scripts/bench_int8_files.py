@@ -1,12 +1,13 @@
 """int8 files of one float file, ours beside others', and on other CPUs: benchmarks/int8_files.md.
 
-    python scripts/bench_int8_files.py --work DIR [--part peers cpus cost] [--images N]
+    python scripts/bench_int8_files.py --work DIR [--part peers rescue cpus cost] [--images N]
                                        [--nncf VENV/bin/python] [--sysroot DIR]
 
 `peers`: ResNet-20 and MobileNetV2 on CIFAR-10 and ResNet-18 on 128 px photographs; each float file
 made int8 by this project, by onnxruntime's defaults and by NNCF's (in a venv of its own, which has
-nncf and onnx), then measured in turns in one run. `cpus`: the same files on the emulated CPUs of
-`arm_sysroot`. `cost`: time and memory of making and of auditing an int8 file.
+nncf and onnx), then measured in turns in one run. `rescue`: a net that calibration alone does not
+bring to int8 (`hard_to_quantize.py`), with layers back in float, and by QAT. `cpus`: the files of
+`peers` on the emulated CPUs of `arm_sysroot`. `cost`: time and memory of making an int8 file.
 DIR keeps the runs; networks are those of `bench_shrink.py` in the same DIR. Data: $EDGESTILL_DATA.
 """
 
@@ -56,7 +57,7 @@ PHOTOS = {
     },
     "student": {
         "model": "resnet18",
-        "train": {"epochs": 6, "batch_size": 64, "optimizer": "adamw", "lr": 0.001,
+        "train": {"epochs": 4, "batch_size": 64, "optimizer": "adamw", "lr": 0.001,
                   "augment": {**AUGMENT, "crop": "resized", "pad": 0}},
     },
     "quantize": {"targets": ["arm", "x86"]},
@@ -65,6 +66,11 @@ CIFAR_NETS = ("resnet20", "mobilenetv2")
 PHOTO_NET = "resnet18 at 128 px"
 OURS, OURS_8BIT = "edgestill", "edgestill, targets: arm"
 ORT, NNCF = "onnxruntime defaults", "NNCF defaults"
+RETURNED = "int8 with float layers"
+HARD = {
+    "model": str(ROOT / "scripts/hard_to_quantize.py:narrow"),
+    "train": {"epochs": 12, "lr": 0.2, "augment": AUGMENT},
+}
 CPUS = ("pi4", "pi5", "avx2")
 CPU_SAMPLES = 1000
 COST_SAMPLES = 512
@@ -203,6 +209,29 @@ def compared(files: dict[str, Path], data: Data) -> dict[str, Any]:
     return found
 
 
+# where calibration alone is not enough
+
+
+def rescue(given: argparse.Namespace) -> dict[str, Any]:
+    sections = {"student": HARD, "quantize": {"targets": ["arm", "x86"]}}
+    recipe = recipe_of(None, sections, Wish(given.work, given.images, epochs=0))
+    with locked(given.work / "rescue") as root:
+        work = begin(recipe, root, events=Silent(), fresh=False)
+        artifact = steps.prepare_data(work)
+        learning.check_before_training(work, artifact)
+        student = flow.learn(work, artifact, [])
+        floating = steps.export_student(work, artifact, student, mark="")
+        calibrated = steps.quantize(work, artifact, floating, mark="")
+        returned = steps.fall_back(work, artifact, floating, mark="")
+        trained = steps.train_qat(work, artifact, floating, calibrated, mark="")
+    made = {"float": floating, "int8": calibrated, RETURNED: returned, "int8 by QAT": trained}
+    data = open_data(artifact.path, memory_budget_bytes=2**31)
+    rows = compared({who: steps.model_of(one) for who, one in made.items()}, data)
+    print(json.dumps(rows, indent=1), flush=True)
+    kept = returned.measurements["kept_float"]
+    return {"rows": {"hard_to_quantize.py": rows}, "kept_float": kept}
+
+
 # the same files on other CPUs
 
 
@@ -288,6 +317,7 @@ def cost(given: argparse.Namespace) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "peers": peers,
+    "rescue": rescue,
     "cpus": cpus,
     "cost": cost,
 }
@@ -297,7 +327,9 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 
 
 def to_markdown(results: dict[str, Any]) -> str:
-    render = {"peers": render_peers, "cpus": render_cpus, "cost": render_cost}
+    render = {
+        "peers": render_peers, "rescue": render_rescue, "cpus": render_cpus, "cost": render_cost
+    }  # fmt: skip
     lines = ["# int8 files", "", "Made by `scripts/bench_int8_files.py`.", ""]
     for part in PARTS:
         if part in results:
@@ -318,7 +350,24 @@ def render_peers(result: dict[str, Any]) -> list[str]:
         "launches, and the 95 % interval of the ratio. `edgestill` here is calibration alone, for "
         "`targets: [arm, x86]`: 7-bit weights, so that no CPU saturates.",
     ]
-    for name, row in result["rows"].items():
+    return [*lines, *tables(result["rows"])]
+
+
+def render_rescue(result: dict[str, Any]) -> list[str]:
+    return [
+        "## Where calibration alone is not enough",
+        "",
+        "A narrow net with hard-swish and squeeze-and-excitation, trained here on CIFAR-10. Layers "
+        f"return to float until validation loses no more than 0.5 points: here "
+        f"{', '.join(f'`{name}`' for name in result['kept_float']) or 'none'}. QAT: the default of "
+        "3 epochs.",
+        *tables(result["rows"]),
+    ]
+
+
+def tables(rows: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, row in rows.items():
         lines += [
             "",
             f"### {name}",
