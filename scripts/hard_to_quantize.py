@@ -1,54 +1,64 @@
-"""A narrow net in the manner of MobileNetV3, for benchmarks: what int8 by calibration finds hard.
+"""A narrow depthwise-separable net, for benchmarks, and what makes it hard to quantize.
 
-Hard-swish lets activations be negative and large, squeeze-and-excitation scales channels apart,
-and layers of few channels have nothing to average errors with.
+`spread` gives the channels behind each depthwise layer scales of their own without changing what the
+net computes, ReLU(k·x) being k·ReLU(x): the state in which Nagel et al. 2019 found MobileNets. One
+scale of uint8 for all channels then leaves the small ones a few steps.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-# expansion, channels, stride
-BLOCKS = ((3, 16, 1), (4, 24, 2), (4, 24, 1), (4, 40, 2), (4, 40, 1), (4, 64, 1))
+# channels, stride
+BLOCKS = ((24, 1), (32, 2), (32, 1), (64, 2), (64, 1), (96, 1))
 
 
 def narrow(classes: int, in_channels: int) -> nn.Module:
-    layers: list[nn.Module] = [conv(in_channels, 16, kernel=3, stride=2), nn.Hardswish()]
+    layers: list[nn.Module] = [conv(in_channels, 16, kernel=3, stride=2), nn.ReLU()]
     channels = 16
-    for expansion, outputs, stride in BLOCKS:
-        layers.append(Block(channels, outputs, expansion=expansion, stride=stride))
+    for outputs, stride in BLOCKS:
+        layers.append(Separable(channels, outputs, stride=stride))
         channels = outputs
-    layers += [conv(channels, 256), nn.Hardswish(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*layers, nn.Linear(256, classes))
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)]
+    return nn.Sequential(*layers)
 
 
 def conv(
     inputs: int, outputs: int, *, kernel: int = 1, stride: int = 1, groups: int = 1
-) -> nn.Module:
+) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
         nn.BatchNorm2d(outputs),
     )
 
 
-class Block(nn.Module):
-    """Widen, depthwise, squeeze and excite, narrow; residual where shapes agree."""
+class Separable(nn.Module):
+    """Widen fourfold, depthwise, narrow; residual where shapes agree."""
 
-    def __init__(self, inputs: int, outputs: int, *, expansion: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, *, stride: int) -> None:
         super().__init__()
-        hidden = inputs * expansion
-        self.before = nn.Sequential(
-            conv(inputs, hidden), nn.Hardswish(),
-            conv(hidden, hidden, kernel=3, stride=stride, groups=hidden), nn.Hardswish(),
-        )  # fmt: skip
-        self.excite = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Conv2d(hidden, hidden // 4, 1), nn.ReLU(),
-            nn.Conv2d(hidden // 4, hidden, 1), nn.Hardsigmoid(),
-        )  # fmt: skip
-        self.after = conv(hidden, outputs)
+        hidden = 4 * inputs
+        self.widen = conv(inputs, hidden)
+        self.depth = conv(hidden, hidden, kernel=3, stride=stride, groups=hidden)
+        self.narrow = conv(hidden, outputs)
         self.is_residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.before(x)
-        y = self.after(y * self.excite(y))
+        y: Tensor = self.narrow(self.depth(self.widen(x).relu()).relu())
         return x + y if self.is_residual else y
+
+
+@torch.no_grad()
+def spread(net: nn.Module, *, decades: float) -> None:
+    """In place, from torch's global generator."""
+    for block in net.modules():
+        # user code is loaded under a name of its own, so its class is not the one above
+        if type(block).__name__ == Separable.__name__:
+            _, norm = block.depth
+            pointwise, _ = block.narrow
+            scales = torch.logspace(-decades / 2, decades / 2, norm.num_features)
+            scales = scales[torch.randperm(len(scales))]
+            norm.weight.mul_(scales)
+            norm.bias.mul_(scales)
+            pointwise.weight.div_(scales[None, :, None, None])
