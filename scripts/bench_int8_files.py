@@ -6,8 +6,8 @@
 `peers`: ResNet-20 and MobileNetV2 on CIFAR-10 and ResNet-18 on 128 px photographs; each float file
 made int8 by this project, by onnxruntime's defaults and by NNCF's (in a venv of its own, which has
 nncf and onnx), then measured in turns in one run. `rescue`: a net that calibration alone does not
-bring to int8 (`hard_to_quantize.py`): equalized, with layers back in float, and by QAT. `cpus`: the files of
-`peers` on the emulated CPUs of `arm_sysroot`. `cost`: time and memory of making an int8 file.
+bring to int8 (`hard_to_quantize.py`): equalized, with layers back in float, and by QAT. `cpus`: the
+files of `peers` on the emulated CPUs of `arm_sysroot`. `cost`: time and memory of making one.
 DIR keeps the runs; networks are those of `bench_shrink.py` in the same DIR. Data: $EDGESTILL_DATA.
 """
 
@@ -379,8 +379,8 @@ def render_rescue(result: dict[str, Any]) -> list[str]:
     return [
         "## Where calibration alone is not enough",
         "",
-        "A narrow depthwise-separable net, trained here on CIFAR-10, whose channels were then given "
-        f"scales {DECADES:.0f} decades apart without changing what it computes. Layers "
+        "A narrow depthwise-separable net, trained here on CIFAR-10, whose channels were then "
+        f"given scales {DECADES:.0f} decades apart without changing what it computes. Layers "
         f"return to float until validation loses no more than 0.5 points: here "
         f"{', '.join(f'`{name}`' for name in result['kept_float']) or 'none'}. QAT: the default of "
         "3 epochs.",

@@ -1,8 +1,8 @@
 """A narrow depthwise-separable net, for benchmarks, and what makes it hard to quantize.
 
-`spread` gives the channels behind each depthwise layer scales of their own without changing what the
-net computes, ReLU(k·x) being k·ReLU(x): the state in which Nagel et al. 2019 found MobileNets. One
-scale of uint8 for all channels then leaves the small ones a few steps.
+`spread` gives the channels behind each depthwise layer scales of their own without changing what
+the net computes, ReLU(k·x) being k·ReLU(x): the state in which Nagel et al. 2019 found MobileNets.
+One scale of uint8 for all channels then leaves the small ones a few steps.
 """
 
 from __future__ import annotations
