@@ -259,8 +259,8 @@ def _write(
     drop_unused_initializers(result)
     _sort_initializers(result)
     sort_nodes(result)  # onnxruntime appends Q and DQ at the end
-    del result.graph.value_info[:]  # some describe values that are gone
-    return strip(onnx.shape_inference.infer_shapes(result))
+    del result.graph.value_info[:]  # some describe values that are gone; who runs it needs none
+    return strip(result)
 
 
 def _logits(model: ModelProto) -> set[str]:
