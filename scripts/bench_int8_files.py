@@ -74,7 +74,7 @@ RETURNED, EQUALIZED = "int8 with float layers", "int8, equalize: true"
 DECADES = 2.0
 HARD = {
     "model": str(ROOT / "scripts/hard_to_quantize.py:narrow"),
-    "train": {"epochs": 12, "lr": 0.2, "augment": AUGMENT},
+    "train": {"epochs": 8, "lr": 0.2, "augment": AUGMENT},
 }
 CPUS = ("pi4", "pi5", "avx2")
 CPU_SAMPLES = 1000
