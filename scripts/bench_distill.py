@@ -1,13 +1,15 @@
 """Measure distillation and write benchmarks/distillation.md. Every figure is of a run made here.
 
     python scripts/bench_distill.py --work DIR [--part speed resnet20 mobilenetv2]
-                                    [--images 10000] [--epochs 12] [--row "no teacher" ...]
+                                    [--images 10000] [--epochs 12]
+                                    [--row "no teacher" ...] [--seeds 3]
 
 `speed`: images/s of our trainer, of the usual distillation loop and of plain supervised PyTorch,
 in turns. `resnet20`, `mobilenetv2`: every method on CIFAR-10 under one schedule, from one teacher.
 DIR keeps the runs, so that a stopped benchmark goes on where it was. Data: $EDGESTILL_DATA, see
 README. `--images` takes that many training images (the first rows of the file), all by default.
-`--row` takes those rows alone, and leaves the others in DIR as they were.
+`--row` takes those rows alone, and leaves the others in DIR as they were. `--seeds`: of the rows
+without a teacher and with the default; the best of the others has three, each other row one.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import datetime
 import functools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -35,6 +38,7 @@ from edgestill.pipeline.recipe import Recipe
 from edgestill.pipeline.stage import Silent
 from edgestill.pipeline.work import begin
 from edgestill.pipeline.workspace import locked
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("EDGESTILL_DATA", ROOT / "../shared/data")).resolve()
@@ -90,7 +94,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "10 % of the labels, default": {},
     "10 % of the labels + the rest unlabelled": {},
 }  # fmt: skip
-MAIN_ROWS = ("no teacher", DEFAULT)  # three seeds, and so has the best of the others
+MAIN_ROWS = ("no teacher", DEFAULT)
 SEEDS = 3
 
 
@@ -101,6 +105,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=None)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--row", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     given = parser.parse_args()
     work = given.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -118,7 +123,7 @@ def main() -> None:
         rows = kept["rows"] if kept and schedule.items() <= kept.items() else {}
         for row in [*given.row, None]:
             name = row or best(rows)
-            seeds = SEEDS if row is None or row in MAIN_ROWS else 1
+            seeds = given.seeds if row in MAIN_ROWS else SEEDS if row is None else 1
             rows[name] = method(name, part, work, seeds=seeds, **schedule)
             ordered = {name: rows[name] for name in METHODS if name in rows}
             results[part] = {"rows": ordered} | schedule | stamp | {"threads": available_threads()}
@@ -188,16 +193,18 @@ def one(recipe: Recipe, folder: Path) -> dict[str, Any]:
     opened = open_data(data.path, memory_budget_bytes=2**31)
     training = student.measurements["training"]
     speed = statistics.median(epoch["images_per_second"] for epoch in training["history"])
+    unlabelled = student.measurements.get("unlabelled")
+    seen = len(opened.train.labels) + (unlabelled["used"] if unlabelled else 0)
     return {
         "accuracy": tested(student.path, data.path),
         "teachers": [tested(teacher.path, data.path) for teacher in teachers],
         "agreement": training["history"][-1].get("agreement"),
         "images_per_second": speed,
         "precision": training["precision"]["name"],
-        "epoch_seconds": len(opened.train.labels) / speed,
+        "epoch_seconds": seen / speed,
         "why": student.measurements.get("distillation", {}).get("why", "labels alone"),
         "train_images": len(opened.train.labels),
-        "unlabelled": student.measurements.get("unlabelled"),
+        "unlabelled": unlabelled,
         "n": len(opened.test.labels),
     }
 
@@ -258,16 +265,19 @@ def render_methods(student: str, result: dict[str, Any]) -> list[str]:
         f"training images. Threads: {result['threads']}. The rows with 10 % of the labels have a "
         "teacher fine-tuned on those alone, and are held against their own row without a teacher.",
         "",
-        "| method | test accuracy, % (seeds) | gain | agreement with the teacher, % "
-        "| epoch, s | precision | objectives |",
+        "| method | test accuracy, % (seeds) | gain (95 % interval) "
+        "| agreement with the teacher, % | epoch, s | precision | objectives |",
         "| --- " * 7 + "|",
     ]
     for name, seeds in rows.items():
-        found = [row["accuracy"] for row in seeds]
+        found = accuracies(seeds)
         spread = f" ({min(found):.2f}–{max(found):.2f}, n = {len(found)})" if len(found) > 1 else ""
-        agreement, gain = seeds[0]["agreement"], mean(seeds) - mean(rows[compared(name)])
+        agreement, gain = seeds[0]["agreement"], ""
+        if name != compared(name):
+            low, high = gain_interval(seeds, rows[compared(name)], rows["no teacher"])
+            gain = f"{mean(seeds) - mean(rows[compared(name)]):+.2f} ({low:+.1f} to {high:+.1f})"
         lines.append(
-            f"| {name} | {mean(seeds):.2f}{spread} | {gain:+.2f} "
+            f"| {name} | {mean(seeds):.2f}{spread} | {gain} "
             f"| {'' if agreement is None else format(100 * agreement, '.1f')} "
             f"| {statistics.median(row['epoch_seconds'] for row in seeds):.1f} "
             f"| {seeds[0]['precision']} | {seeds[0]['why'].partition(':')[0]} |"
@@ -287,24 +297,45 @@ def compared(name: str) -> str:
 
 
 def mean(seeds: list[dict[str, Any]]) -> float:
-    return statistics.mean(row["accuracy"] for row in seeds)
+    return statistics.mean(accuracies(seeds))
 
 
 def judged(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Which methods gained more than chance gives, and which did not."""
-    found = [row["accuracy"] for row in rows["no teacher"]]
-    spread = max(found) - min(found)
     groups: dict[str, list[str]] = {"more": [], "within": [], "less": []}
     for name, seeds in rows.items():
-        gain = mean(seeds) - mean(rows[compared(name)])
         if name != compared(name):
-            groups["more" if gain > spread else "less" if gain < -spread else "within"].append(name)
+            low, high = gain_interval(seeds, rows[compared(name)], rows["no teacher"])
+            groups["more" if low > 0 else "less" if high < 0 else "within"].append(name)
     said = {
-        "more": f"Better than no teacher by more than the range of its seeds ({spread:.2f} points)",
-        "within": "No better or worse than that range can tell",
-        "less": "Worse than no teacher by more than it",
+        "more": "Better than no teacher",
+        "within": "Neither, as far as these seeds can tell",
+        "less": "Worse than no teacher",
     }
-    return [f"{said[key]}: {', '.join(names) or 'none'}." for key, names in groups.items()]
+    how = (
+        "By the 95 % interval of the gain: Welch's t over seeds where a row has several, else with "
+        "the spread of the seeds without a teacher."
+    )
+    return [how, *(f"{said[key]}: {', '.join(names) or 'none'}." for key, names in groups.items())]
+
+
+def gain_interval(
+    seeds: list[dict[str, Any]], without: list[dict[str, Any]], spread_of: list[dict[str, Any]]
+) -> tuple[float, float]:
+    """95 % interval of the gain in points. A row of one seed is taken to vary as `spread_of`."""
+    ours, theirs = accuracies(seeds), accuracies(without)
+    if min(len(ours), len(theirs)) > 1:
+        interval = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+        return float(interval.low), float(interval.high)
+    others = accuracies(spread_of)
+    error = statistics.stdev(others) * math.sqrt(1 / len(ours) + 1 / len(theirs))
+    half = float(stats.t.ppf(0.975, len(others) - 1)) * error
+    gain = statistics.mean(ours) - statistics.mean(theirs)
+    return gain - half, gain + half
+
+
+def accuracies(seeds: list[dict[str, Any]]) -> list[float]:
+    return [row["accuracy"] for row in seeds]
 
 
 if __name__ == "__main__":
