@@ -119,10 +119,11 @@ def peers(given: argparse.Namespace) -> dict[str, Any]:
 
 def made(name: str, given: argparse.Namespace) -> tuple[dict[str, Path], Data]:
     """The float file and the int8 ones, by who made them, and the data."""
-    wish = Wish(given.work, given.images, epochs=0)
-    recipe = recipe_of(name, {"quantize": {"targets": ["arm", "x86"]}}, wish)
     if name == PHOTO_NET:
         recipe = Recipe.model_validate(PHOTOS)
+    else:
+        wish = Wish(given.work, given.images, epochs=0)
+        recipe = recipe_of(name, {"quantize": {"targets": ["arm", "x86"]}}, wish)
     folder = given.work / name.replace(" ", "-")
     with locked(folder) as root:
         work = begin(recipe, root, events=Silent(), fresh=False)
