@@ -1,8 +1,9 @@
 """Every file that could ship, one table of them, and the choice among them.
 
 From each network (what pruning left of it, and the network as it was) come a float file and, where
-int8 is asked for, int8 ones: by calibration; with layers back in float where that costs too much;
-trained with rounding in the loop where that is not enough. None is thrown away before the end. The
+int8 is asked for, int8 ones: by calibration; where that costs too much, by calibration of the
+equalized graph, then with layers back in float; trained with rounding in the loop where that is not
+enough. None is thrown away before the end. The
 choice is a stage: it rests on measured times, so it is stored, and recalled on resume.
 """
 
@@ -71,6 +72,10 @@ def _int8(
         return exceeds(artifact.measurements["validation"], limit_points=limit)
 
     made = [("int8", steps.quantize(work, data, floating, mark=mark))]
+    if spec.fallback and costs_too_much(made[-1][1]):
+        equalized = steps.quantize_equalized(work, data, floating, mark=mark)
+        if equalized is not None:
+            made.append(("int8 equalized", equalized))
     if spec.fallback and costs_too_much(made[-1][1]):
         made.append(("int8 with float layers", steps.fall_back(work, data, floating, mark=mark)))
     if spec.qat is not None and (spec.mode == "qat" or costs_too_much(made[-1][1])):

@@ -231,9 +231,10 @@ class QuantizeSpec(Spec):
     equalize: bool = False  # cross-layer equalization, exact before rounding
     correct_bias: bool = False
     keep_float: tuple[str, ...] = ()  # node names of the float graph, globs allowed
-    # against the float model, on validation; beyond it layers return to float, then QAT is tried
+    # against the float model, on validation; beyond it, until one holds: the graph is equalized,
+    # layers return to float, QAT is tried
     max_drop_points: Annotated[float, Field(ge=0, le=100)] = 0.5
-    fallback: bool = True
+    fallback: bool = True  # equalize and return layers to float, where that is needed
     qat: QatSpec | None = QatSpec()  # null: never
 
 

@@ -24,7 +24,7 @@ from .measure.latency import measure_latency as measure
 from .onnx_file import take_float as take
 from .quantize.fallback import return_to_float
 from .quantize.ptq import quantize_static
-from .recipe import Recipe
+from .recipe import QuantizeSpec, Recipe
 from .record import Latency, Models, baseline_note
 from .report import LatencyRecord, SpeedupRecord
 from .stage import Artifact, Noting
@@ -132,6 +132,21 @@ def quantize(work: Work, data: Artifact, floating: Artifact, *, mark: str) -> Ar
     return _int8(work, f"int8{mark}", quantize_static, data, [floating])
 
 
+def quantize_equalized(
+    work: Work, data: Artifact, floating: Artifact, *, mark: str
+) -> Artifact | None:
+    """int8 by calibration of the equalized graph. None: it has no layers to equalize, or is so."""
+    from ..exporters.equalize import pairs_of
+    from ..exporters.graph import read_model
+
+    spec = work.recipe.quantize
+    assert spec is not None
+    if spec.equalize or not pairs_of(read_model(model_of(floating))):
+        return None
+    spec = spec.model_copy(update={"equalize": True})
+    return _int8(work, f"int8-equalized{mark}", quantize_static, data, [floating], spec=spec)
+
+
 def fall_back(work: Work, data: Artifact, floating: Artifact, *, mark: str) -> Artifact:
     """int8 but for the layers that lose most."""
     limit = quantization_limit(work.recipe)
@@ -158,9 +173,17 @@ def quantization_limit(recipe: Recipe) -> float:
 
 
 def _int8(
-    work: Work, name: str, stage: Any, data: Artifact, inputs: list[Artifact], **more: Any
+    work: Work,
+    name: str,
+    stage: Any,
+    data: Artifact,
+    inputs: list[Artifact],
+    *,
+    spec: QuantizeSpec | None = None,
+    **more: Any,
 ) -> Artifact:
-    spec, export = work.recipe.quantize, work.recipe.export
+    """spec: None: the recipe's own."""
+    spec, export = spec or work.recipe.quantize, work.recipe.export
     assert spec is not None
     return run_stage(
         work,
