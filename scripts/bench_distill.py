@@ -312,9 +312,11 @@ def judged(rows: dict[str, list[dict[str, Any]]]) -> list[str]:
         "within": "Neither, as far as these seeds can tell",
         "less": "Worse than no teacher",
     }
+    found = accuracies(rows["no teacher"])
     how = (
         "By the 95 % interval of the gain: Welch's t over seeds where a row has several, else with "
-        "the spread of the seeds without a teacher."
+        f"the spread of the seeds without a teacher: range {max(found) - min(found):.2f} points, "
+        f"standard deviation {statistics.stdev(found):.2f}."
     )
     return [how, *(f"{said[key]}: {', '.join(names) or 'none'}." for key, names in groups.items())]
 

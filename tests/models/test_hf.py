@@ -318,6 +318,9 @@ PROCESSORS = [
     ("MobileNetV2", {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}),
     ("MobileViT", {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}),
     ("Levit", {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}),
+    ("CLIP", {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}),
+    ("Siglip", {"size": {"height": 24, "width": 24}}),
+    ("MobileNetV1", {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}),
     ("Bit", {"size": {"shortest_edge": 32}, "crop_size": {"height": 30, "width": 30}}),
 ]
 
