@@ -2,19 +2,31 @@
 
 Read from the graph itself, so that float, int8 and foreign files are counted alike. Not a latency
 estimate: multiply-adds of a depthwise Conv cost far more time than those of a dense one.
+
+Multiply-adds are of one sample: an image of the size that the graph fixes, or a text. Where a graph
+takes texts of any length, it is one of 128 tokens, the length that encoders are compared at, and a
+power of two below where the graph takes no 128; `tokens` says which it was.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from math import prod
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from ..pipeline.errors import MeasurementError
-from .graph import WEIGHTED_OPS, attribute, batch_size, producers
+from .feeds import entry_of, is_text
+from .graph import PRODUCT_OPS, attribute, batch_size, consumers, producers
+from .sessions import CANNOT_LOAD, DIED, one_line, open_session
+from .stamp import write_model
+
+TOKENS = 128  # of a text, where the graph leaves the length free
 
 # What an array of these element types can hold as learnt numbers.
 _PARAMETER_TYPES = frozenset(
@@ -24,14 +36,16 @@ _PARAMETER_TYPES = frozenset(
 
 
 def audit(model: ModelProto) -> dict[str, Any]:
-    """All of this file's figures, JSON-able."""
+    """All of this file's figures, JSON-able. `tokens` is there for texts alone."""
+    shapes, batch, tokens = _sizes(model)
     return {
         "opset": next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0),
         "ir": model.ir_version,
         "parameters": count_parameters(model),
-        "multiply_adds": multiply_adds(model),
+        "multiply_adds": sum(count for _, count in _by_node(model, shapes, batch)),
         "initializer_bytes": initializer_bytes(model),
         "ops": op_counts(model),
+        **({} if tokens is None else {"tokens": tokens}),
     }
 
 
@@ -39,19 +53,23 @@ def count_parameters(model: ModelProto) -> int:
     """Learnt numbers: elements of the initializers that enter the arithmetic.
 
     Float ones with at least one axis (a Clip's bounds have none), and integer ones read by a
-    DequantizeLinear. Scales, zero points, shapes and axes are not parameters. A tensor read twice
-    counts once.
+    DequantizeLinear, a MatMulInteger or a Gather. Scales, zero points, shapes and axes are not
+    parameters. A tensor read twice counts once.
     """
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     names: set[str] = set()
+    scales = _scales(model, stored)
     for node in model.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             names.add(node.input[0])
+        elif node.op_type == "MatMulInteger":
+            names.update(node.input[:2])
         else:
             names.update(
                 name
                 for name in node.input
                 if name in stored
+                and name not in scales
                 and stored[name].data_type in _PARAMETER_TYPES
                 and stored[name].data_type != TensorProto.INT32
             )
@@ -62,8 +80,28 @@ def count_parameters(model: ModelProto) -> int:
     )
 
 
+def _scales(model: ModelProto, stored: dict[str, TensorProto]) -> set[str]:
+    """Of dynamic int8, what multiplies the scale of an activation; of int8 embeddings, the column
+    that is looked up by the same indices as the rows."""
+    writers, readers = producers(model), consumers(model)
+    found = set()
+    for node in model.graph.node:
+        around = [writers[name].op_type for name in node.input if name in writers]
+        if node.op_type == "Mul" and around == ["DynamicQuantizeLinear"]:
+            found |= set(node.input) & stored.keys()
+        if node.op_type == "Gather" and list(stored.get(node.input[0], TensorProto()).dims)[1:] == [
+            1
+        ]:
+            beside = [n for n in readers[node.input[1]] if n.op_type == "Gather" and n != node]
+            if any(n.input[0] in stored and stored[n.input[0]].data_type == TensorProto.INT8
+                   for n in beside):  # fmt: skip
+                found.add(node.input[0])
+    return found
+
+
 def multiply_adds(model: ModelProto) -> int:
-    """Multiply-accumulates of Conv, Gemm and MatMul for one sample, by shape inference.
+    """Multiply-accumulates of Conv, Gemm and MatMul for one sample, by shape inference; of texts,
+    by running it once.
 
     Conv: outputs · (C_in / groups) · kernel area. Gemm and MatMul: outputs · inner size. A
     multiply and its add count once; biases, pooling and elementwise operators do not count.
@@ -71,7 +109,8 @@ def multiply_adds(model: ModelProto) -> int:
     Raises:
         MeasurementError: a shape cannot be inferred.
     """
-    return sum(count for _, count in _by_node(model))
+    shapes, batch, _ = _sizes(model)
+    return sum(count for _, count in _by_node(model, shapes, batch))
 
 
 def node_multiply_adds(model: ModelProto) -> dict[str, int]:
@@ -80,16 +119,17 @@ def node_multiply_adds(model: ModelProto) -> dict[str, int]:
     Raises:
         MeasurementError: a shape cannot be inferred.
     """
-    return {node.name: count for node, count in _by_node(model)}
+    shapes, batch, _ = _sizes(model)
+    return {node.name: count for node, count in _by_node(model, shapes, batch)}
 
 
-def _by_node(model: ModelProto) -> list[tuple[NodeProto, int]]:
-    batch = batch_size(model) or 1
-    shapes = _shapes(model, batch)
+def _by_node(
+    model: ModelProto, shapes: dict[str, tuple[int, ...]], batch: int
+) -> list[tuple[NodeProto, int]]:
     return [
         (node, _node_multiply_adds(node, shapes) // batch)
         for node in model.graph.node
-        if node.op_type in WEIGHTED_OPS
+        if node.op_type in PRODUCT_OPS
     ]
 
 
@@ -105,6 +145,54 @@ def initializer_bytes(model: ModelProto) -> dict[str, int]:
 def op_counts(model: ModelProto) -> dict[str, int]:
     """Nodes of the main graph by operator, sorted by name."""
     return dict(sorted(Counter(node.op_type for node in model.graph.node).items()))
+
+
+def _sizes(model: ModelProto) -> tuple[dict[str, tuple[int, ...]], int, int | None]:
+    """Shapes, the batch they are of, and the tokens of a text; None of images."""
+    batch = batch_size(model) or 1
+    if not is_text(model):
+        return _shapes(model, batch), batch, None
+    shapes, tokens = _run_shapes(model, batch)
+    return shapes, batch, tokens
+
+
+def _run_shapes(model: ModelProto, batch: int) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Shapes of what products read and write, and the tokens they are of: the graph is run.
+
+    Sizes are computed from the tokens' own inside the graph, which shape inference does not follow.
+    """
+    products = [node for node in model.graph.node if node.op_type in PRODUCT_OPS]
+    stored = {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    names = [name for node in products for name in (*node.input[:2], node.output[0])]
+    wanted = [name for name in dict.fromkeys(names) if name not in stored]
+    watched = ModelProto()
+    watched.CopyFrom(model)
+    del watched.graph.output[:]
+    for index, name in enumerate(wanted):
+        size = f"Shape#{index}"
+        watched.graph.node.append(helper.make_node("Shape", [name], [size]))
+        watched.graph.output.append(helper.make_tensor_value_info(size, TensorProto.INT64, None))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "shapes.onnx")
+        write_model(watched, path)
+        session = open_session(path, threads=1, optimize=False)
+    entry = entry_of(session)
+    tokens = entry.sequence or TOKENS
+    while True:
+        row = np.ones((batch, tokens), np.int64)
+        fed = {name: row * (place == 1) for place, name in enumerate(entry.names)}
+        try:
+            sizes = session.run(None, fed)
+            break
+        except (*CANNOT_LOAD, *DIED) as error:
+            if tokens == 1 or entry.sequence:
+                raise MeasurementError(
+                    f"multiply-adds: it does not run on {tokens} tokens: {one_line(error)}; export "
+                    "it again"
+                ) from error
+            tokens //= 2  # it has fewer positions
+    found = {name: tuple(int(n) for n in size) for name, size in zip(wanted, sizes, strict=True)}
+    return {**stored, **found}, tokens
 
 
 def _shapes(model: ModelProto, batch: int) -> dict[str, tuple[int, ...]]:

@@ -25,8 +25,9 @@ import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from ..pipeline.errors import ExportError
-from .calibrate import LEVELS, STEP, Range, Samples, input_name, steps
-from .graph import arrays, batch_size, consumers, drop_unused_initializers, producers
+from .calibrate import LEVELS, STEP, Range, Samples, steps
+from .feeds import entry_of, feed
+from .graph import arrays, consumers, drop_unused_initializers, producers
 from .sessions import open_session
 from .stamp import write_model
 
@@ -87,18 +88,19 @@ def mean_errors(
     positions whose float value passes; 0 where fewer than FEWEST_VALUES do.
 
     Args:
-        node: the layer in `floating`; its output is (N, C, …). What lies beyond is not run.
+        node: the layer in `floating`; its output is (N, C, …), or (N · S, C) of texts. What lies
+            beyond is not run.
     """
     name = next(n for n in quantized.graph.node if n.name == node.name).output[0]
     low, high = passing_range(quantized, name)
     reference = _session_up_to(floating, node.output[0], threads=threads)
     candidate = _session_up_to(quantized, name, threads=threads)
-    fixed = batch_size(floating)
+    entry = entry_of(reference)
     total: Any = 0.0
     count: Any = 0
-    for batch in steps(samples, fixed or STEP, fixed=fixed is not None):
-        (expected,) = reference.run(None, {input_name(reference): batch})
-        (found,) = candidate.run(None, {input_name(candidate): batch})
+    for batch in steps(samples, STEP, entry):
+        (expected,) = reference.run(None, feed(batch, entry.names))
+        (found,) = candidate.run(None, feed(batch, entry.names))
         passes = (expected >= low) & (expected <= high)
         others = (0, *range(2, expected.ndim))
         total = total + np.where(passes, found - expected, 0).sum(axis=others, dtype=np.float64)

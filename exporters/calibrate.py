@@ -12,6 +12,7 @@ the range for finer steps in its middle:
 
 onnxruntime's calibrators are not used: its minimum leaves NaN out, its histograms grow with the
 data and give min-max for entropy at their defaults, and there is no MSE search.
+Texts go through one at a time, at their own length, so that no range is one of padding.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ import onnxruntime as ort
 from onnx import ModelProto, TensorProto
 
 from ..pipeline.errors import ExportError
-from .graph import batch_size, consumers
+from .feeds import Entry, as_input, entry_of, feed, fitted, is_text, is_tokens
+from .graph import consumers
 from .sessions import open_session, pad_batch
 from .stamp import write_model
 
@@ -37,6 +39,7 @@ Range = tuple[float, float]
 
 LEVELS = 256  # of uint8
 STEP = 16  # samples at a time, fewer where their activations are large
+INPUT_BYTES = 2 * 2**20  # of samples in a step of the first pass
 STEP_BYTES = 256 * 2**20  # of activations held at once in the second pass
 BINS = 8192  # 32 to a level, so that a range of a tenth still has 3 to each of its levels
 PERCENTILE = 99.999  # onnxruntime's default, half of the rest at either end
@@ -50,7 +53,8 @@ FAR_MEAN, SMALL_DEVIATION, LARGE_DEVIATION = 1.5, 0.1, 5.0
 
 
 class Samples(Protocol):
-    """Calibration samples, (N, C, H, W) float32: an array, or what makes one slice at a time."""
+    """Calibration samples, (N, C, H, W) float32 or (N, K, S) int64: an array, or what makes one
+    slice at a time."""
 
     def __len__(self) -> int: ...
 
@@ -64,14 +68,15 @@ def ranges_of(
     represent zero exactly.
 
     A tensor that only a Relu or a Clip reads keeps its min-max range: it is quantized after that.
+    Of a text graph, what is -infinity where texts are masked has no range and is left out.
 
     Args:
-        model: float, one input.
+        model: float; one input, or one for each row of the tokens.
         samples: N ≥ 1, real, from the training set.
 
     Raises:
         ExportError: no samples, samples that are not finite or all the same, activations that are
-            not finite, or a model that has not exactly one input.
+            not finite, or inputs that are not those of the samples.
     """
     if len(samples) == 0:
         raise ExportError("no calibration samples; set data.calibration to 64 or more")
@@ -81,13 +86,17 @@ def ranges_of(
         path = Path(folder, "calibration.onnx")
         write_model(_with_extremes(inferred, names), path)
         session = open_session(path, threads=threads, optimize=False)
-        ranges = _min_max(session, names, samples, fixed=batch_size(model))
+        ranges = _min_max(session, names, samples)
+        if is_text(model):
+            ranges = {name: found for name, found in ranges.items() if found[0] != -np.inf}
+        _refuse_infinite(ranges)
         if calibrator == "minmax":
             return ranges
+        names = [name for name in names if name in ranges]
         wanted = [name for name in _quantized(inferred, names) if ranges[name][0] < ranges[name][1]]
         write_model(_with_outputs(inferred, wanted), path)
         session = open_session(path, threads=threads, optimize=False)
-        counts = _histograms(session, ranges, wanted, samples, fixed=batch_size(model))
+        counts = _histograms(session, ranges, wanted, samples)
     choose = {"percentile": percentile_range, "entropy": entropy_range, "mse": mse_range}
     found = {name: choose[calibrator](counts[name], *ranges[name]) for name in wanted}
     return {**ranges, **found}
@@ -235,23 +244,21 @@ def activations(model: ModelProto) -> list[str]:
     return [name for name in dict.fromkeys(ordered) if name in floats]
 
 
-def steps(samples: Samples, size: int, *, fixed: bool = False) -> Iterator[Array]:
-    """The samples as contiguous float32 batches; with `fixed` the last one is filled up by
-    repeating its last sample, which changes no range."""
+def steps(samples: Samples, size: int, entry: Entry | None = None) -> Iterator[Array]:
+    """The samples in batches: float32 images, `size` of them, or int64 texts, one by one at their
+    own length. Where `entry` fixes the batch, of that size, the last one filled up by repeating
+    its last sample, which changes no range."""
+    size = (entry and entry.batch) or size
     for start in range(0, len(samples), size):
-        batch = np.ascontiguousarray(samples[start : start + size], dtype=np.float32)
-        yield pad_batch(batch, size) if fixed else batch
-
-
-def input_name(session: ort.InferenceSession) -> str:
-    """Raises ExportError unless the model has exactly one input."""
-    inputs = [value.name for value in session.get_inputs()]
-    if len(inputs) != 1:
-        raise ExportError(
-            f"the model has the inputs {', '.join(inputs) or '(none)'}; expected exactly one, the "
-            "images. Export it with one input"
-        )
-    return str(inputs[0])
+        batch = as_input(samples[start : start + size])
+        if entry is None:
+            yield batch
+        elif entry.batch is not None:
+            yield fitted(pad_batch(batch, size), entry)
+        elif is_tokens(batch):
+            yield from (fitted(batch[row : row + 1], entry) for row in range(len(batch)))
+        else:
+            yield batch
 
 
 def _quantized(model: ModelProto, names: list[str]) -> list[str]:
@@ -298,54 +305,54 @@ def _with_outputs(model: ModelProto, names: list[str]) -> ModelProto:
     return result
 
 
-def _min_max(
-    session: ort.InferenceSession, names: list[str], samples: Samples, *, fixed: int | None
-) -> dict[str, Range]:
-    source = input_name(session)
+def _min_max(session: ort.InferenceSession, names: list[str], samples: Samples) -> dict[str, Range]:
+    entry = entry_of(session)
     lows, highs = np.zeros(len(names)), np.zeros(len(names))
     first: Array | None = None
     varied = False
-    for batch in steps(samples, fixed or STEP, fixed=fixed is not None):
+    for batch in steps(samples, _few(samples), entry):
         if not np.isfinite(batch).all():
             raise ExportError(
                 "calibration: the samples are not finite; look for NaN or infinity in the images "
                 "and in preprocess.mean and std"
             )
         first = batch[:1] if first is None else first
-        varied = varied or bool((batch != first).any())
-        extremes = np.array(session.run(None, {source: batch}), np.float64).reshape(-1, 2)
+        varied = varied or batch.shape[1:] != first.shape[1:] or bool((batch != first).any())
+        extremes = np.array(session.run(None, feed(batch, entry.names)), np.float64).reshape(-1, 2)
         # NaN stays NaN, and is refused below
         lows, highs = np.minimum(lows, extremes[:, 0]), np.maximum(highs, extremes[:, 1])
     _refuse_constant(first, varied, count=len(samples))
-    for name, low, high in zip(names, lows, highs, strict=True):
-        if not np.isfinite([low, high]).all():
+    return {n: (float(a), float(b)) for n, a, b in zip(names, lows, highs, strict=True)}
+
+
+def _refuse_infinite(ranges: dict[str, Range]) -> None:
+    for name, ends in ranges.items():
+        if not np.isfinite(ends).all():
             raise ExportError(
                 f"calibration: the values of {name!r} are not finite, so they have no range; look "
                 "for NaN or infinity in the weights"
             )
-    return {n: (float(a), float(b)) for n, a, b in zip(names, lows, highs, strict=True)}
 
 
 def _refuse_constant(first: Array | None, varied: bool, *, count: int) -> None:
-    """One value everywhere, or the same image again and again, has no distribution."""
+    """One value everywhere, or the same sample again and again, has no distribution."""
     assert first is not None
     if not varied and (count > 1 or float(first.min()) == float(first.max())):
         raise ExportError(
-            f"calibration: all {count} samples are the same; expected images as the net sees them "
-            "in use. Check the paths under data.train and preprocess"
+            f"calibration: all {count} samples are the same; expected such as the net sees them in "
+            "use. Check the paths under data.train, and preprocess or tokenize"
         )
 
 
 def _histograms(
-    session: ort.InferenceSession, ranges: dict[str, Range], names: list[str], samples: Samples,
-    *, fixed: int | None,
-) -> dict[str, Array]:  # fmt: skip
+    session: ort.InferenceSession, ranges: dict[str, Range], names: list[str], samples: Samples
+) -> dict[str, Array]:
     """Counts of each tensor's values in BINS equal bins over its range, float64."""
-    source = input_name(session)
+    entry = entry_of(session)
     counts = {name: np.zeros(BINS) for name in names}
-    size = fixed or _affordable(session, source, samples)
-    for batch in steps(samples, size, fixed=fixed is not None):
-        for name, values in zip(names, session.run(None, {source: batch}), strict=True):
+    for batch in steps(samples, _affordable(session, entry, samples), entry):
+        found = session.run(None, feed(batch, entry.names))
+        for name, values in zip(names, found, strict=True):
             low, high = ranges[name]
             place = (values.ravel() - np.float32(low)) * np.float32(BINS / (high - low))
             np.clip(place, 0, BINS - 1, out=place)
@@ -353,8 +360,17 @@ def _histograms(
     return counts
 
 
-def _affordable(session: ort.InferenceSession, source: str, samples: Samples) -> int:
-    one = session.run(None, {source: np.ascontiguousarray(samples[0:1], dtype=np.float32)})
+def _few(samples: Samples) -> int:
+    """STEP, or fewer where samples are large: every activation is held until its extremes are
+    taken, which are up to 200 times the input."""
+    one = as_input(samples[0:1])
+    return max(1, min(STEP, INPUT_BYTES // max(1, one.nbytes)))
+
+
+def _affordable(session: ort.InferenceSession, entry: Entry, samples: Samples) -> int:
+    if entry.batch is not None:
+        return entry.batch
+    one = session.run(None, feed(fitted(as_input(samples[0:1]), entry), entry.names))
     size = sum(int(values.nbytes) for values in one)
     return max(1, min(STEP, STEP_BYTES // max(1, size)))
 

@@ -28,7 +28,7 @@ from onnx import ModelProto, NodeProto
 
 from ..pipeline.errors import MeasurementError
 from .audit import node_multiply_adds
-from .graph import WEIGHTED_OPS, consumers, read_model
+from .graph import PRODUCT_OPS, WEIGHTED_OPS, consumers, read_model
 from .optimized import CONVERSIONS, INT8_MULTIPLY, Kernel, optimize
 from .unfused import View, why_float
 
@@ -48,10 +48,12 @@ def engagement(path: Path, inputs: Array | None = None, *, threads: int = 1) -> 
 
     Args:
         path: a portable ONNX file, QDQ or float.
-        inputs: float32, (N ≥ 1, C, H, W), real; profiled one at a time. None leaves out time.
+        inputs: float32, (N ≥ 1, C, H, W), or int64 tokens, (N ≥ 1, K, S), real; profiled one at a
+            time. None leaves out time.
 
     Returns:
-        int8_multiply_adds_share (0…1), multiply_adds and int8_multiply_adds (of one sample),
+        int8_multiply_adds_share (0…1), multiply_adds and int8_multiply_adds (of one sample, see
+        `audit.py` for texts),
         int8_time_share, conversion_time_share (Q and DQ) and float_time_share (None without
         inputs), nodes (every Conv, Gemm and MatMul: name, op, multiply_adds, kernel, int8,
         requantized, reason, time_share), float_between_qdq (name, op, reason, time_share),
@@ -59,7 +61,7 @@ def engagement(path: Path, inputs: Array | None = None, *, threads: int = 1) -> 
         kernels (by operator), not_found (names), onnxruntime (version), threads, profiled_runs.
 
     Raises:
-        ExportError: the file cannot be read or opened, or has more than one input.
+        ExportError: the file cannot be read or opened, or has other inputs.
         MeasurementError: nothing in it multiplies, or a shape cannot be inferred.
         RuntimeFailure: onnxruntime failed.
     """
@@ -209,7 +211,9 @@ def _describe(
         "multiply_adds": cost,
         "kernel": _label(kernel.node) if kernel else None,
         "int8": int8,
-        "requantized": int8 and not view.is_dequantized(node.input[1]),
+        "requantized": (
+            int8 and node.op_type in WEIGHTED_OPS and not view.is_dequantized(node.input[1])
+        ),
         "reason": reason,
         "time_share": kernel.time_share if kernel else None,
     }
@@ -237,7 +241,7 @@ def _float_islands(
         if kernel.kind != "float" or not between:
             continue
         origin = _origin(node, portable, view, readers)
-        if origin.op_type in WEIGHTED_OPS | FLOAT_MULTIPLY:
+        if origin.op_type in PRODUCT_OPS | FLOAT_MULTIPLY:
             continue
         name = origin.name or origin.output[0]
         row = islands.setdefault(

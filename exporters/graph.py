@@ -26,6 +26,8 @@ QUANTIZED_OPS = frozenset(
 )  # fmt: skip
 # Operators whose second input is a weight that int8 kernels exist for.
 WEIGHTED_OPS = frozenset({"Conv", "Gemm", "MatMul"})
+# All that multiply and add; MatMulInteger is a MatMul of dynamic int8 in the portable file.
+PRODUCT_OPS = WEIGHTED_OPS | {"MatMulInteger"}
 
 
 def read_model(path: Path) -> ModelProto:

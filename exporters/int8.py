@@ -2,9 +2,11 @@
 
 Activations uint8, weights int8 symmetric per channel, biases int32. The targets decide whether
 weights use 8 bits or 7 (`encoding_for`). Operators without an int8 kernel stay float, and so do the
-Mul and Add that a BatchNormalization became: one scale for all channels would lose them. Ranges
-come from calibration (`calibrate.py`) or from training; either way this is the one writer, and what
-it wrote is held against what it was given (`int8_check.py`).
+Mul and Add that a BatchNormalization became: one scale for all channels would lose them. Text
+encoders have a policy of their own: their products with weights become int8, and nothing between
+them; their word embeddings are int8 by weight (`embedding.py`). Ranges come from calibration
+(`calibrate.py`) or from training; either way this is the one writer, and what it wrote is held
+against what it was given (`int8_check.py`).
 
 Does not choose calibration samples and does not measure accuracy.
 """
@@ -12,7 +14,7 @@ Does not choose calibration samples and does not measure accuracy.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +27,8 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from ..pipeline.errors import ExportError
 from .bias import correct_bias as with_corrected_bias
 from .calibrate import Calibrator, Range, Samples, activations, ranges_of
+from .embedding import quantize_embeddings
+from .feeds import is_text
 from .float_guard import guard
 from .graph import (
     WEIGHTED_OPS,
@@ -45,6 +49,14 @@ from .int8_check import (
 from .quiet import quiet
 from .rewrites import name_nodes
 from .stamp import strip
+from .text_policy import (
+    TEXT_OP_REASON,
+    TEXT_OP_TYPES,
+    activation_products,
+    free_float_nodes,
+    has_layer_norm,
+    own_biases,
+)
 
 Array = np.ndarray[Any, Any]
 Target = Literal["arm", "x86", "x86-vnni"]
@@ -69,6 +81,8 @@ class Encoding:
     """How numbers become integers, and which operators do.
 
     reduce_range: weights use 7 of 8 bits (-64…64). op_types: operators that become int8.
+    float_outputs: they leave in float, and products of two activations stay float. embeddings:
+    word embeddings become int8 rows.
     """
 
     activation_type: Literal["uint8"]
@@ -78,6 +92,8 @@ class Encoding:
     reason: str
     op_types: tuple[str, ...] = QUANTIZED_OP_TYPES
     op_reason: str = OP_REASON
+    float_outputs: bool = False
+    embeddings: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,8 +108,12 @@ class Quantized:
     not_written: dict[str, str] = field(default_factory=dict)
 
 
-def encoding_for(targets: tuple[Target, ...]) -> Encoding:
+def encoding_for(targets: tuple[Target, ...], *, model: ModelProto | None = None) -> Encoding:
     """The encoding whose integer results are the same on every target.
+
+    The graph decides which operators become int8: those of a text encoder, where its inputs are
+    tokens and it has LayerNormalization (or what that is made of); without a graph, or of any
+    other, those of images.
 
     U8S8 has fast kernels on all of them: VNNI and dotprod multiply it directly, ARM without dotprod
     widens it. x86 without VNNI multiplies with VPMADDUBSW, whose int16 sums saturate
@@ -105,14 +125,32 @@ def encoding_for(targets: tuple[Target, ...]) -> Encoding:
     """
     if not targets:
         raise ExportError("quantize.targets: empty; name at least one of arm, x86, x86-vnni")
-    if "x86" in targets:
+    reduced = "x86" in targets
+    reason = f"8-bit weights: {' and '.join(sorted(set(targets)))} multiply u8 by s8 exactly"
+    if reduced:
         reason = (
             "7-bit weights: x86 without VNNI saturates on 8-bit ones, and every target must "
             "compute the same"
         )
-        return Encoding("uint8", "int8", reduce_range=True, per_channel=True, reason=reason)
-    reason = f"8-bit weights: {' and '.join(sorted(set(targets)))} multiply u8 by s8 exactly"
-    return Encoding("uint8", "int8", reduce_range=False, per_channel=True, reason=reason)
+    encoding = Encoding("uint8", "int8", reduce_range=reduced, per_channel=True, reason=reason)
+    if model is None or not is_text(model):
+        return encoding
+    if not has_layer_norm(model):
+        return replace(encoding, embeddings=True)
+    return replace(
+        encoding, embeddings=True, float_outputs=True, op_types=TEXT_OP_TYPES,
+        op_reason=TEXT_OP_REASON,
+    )  # fmt: skip
+
+
+def int8_nodes(model: ModelProto, encoding: Encoding) -> list[str]:
+    """Names of the nodes that `quantize` may make int8, in graph order; all have names."""
+    kept = _never_int8(model, encoding)
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type in encoding.op_types and node.name not in kept
+    ]
 
 
 def quantize(
@@ -130,8 +168,9 @@ def quantize(
 
     Args:
         model: float, its BatchNormalization folded (see simplify.py), opset ≥ 13.
-        samples: float32, (N, C, H, W), real, from the training set; read in steps, so that memory
-            does not grow with N. May be empty where `ranges` are given and `correct_bias` is not.
+        samples: float32, (N, C, H, W), or int64 tokens, (N, K, S), real, from the training set;
+            read in steps, so that memory does not grow with N. May be empty where `ranges` are
+            given and `correct_bias` is not.
         keep_float: names of nodes of `model` that stay float.
         ranges: of activations, by tensor name; no calibration then. Each one lands in the file or
             in `not_written`. A tensor before a Relu or Clip needs none.
@@ -142,24 +181,35 @@ def quantize(
             unknown names, missing or unusable ranges, or what `ranges_of` refuses.
         IntegrityError: the result is not what int8 must look like.
     """
-    _refuse_unfit(model)
+    refuse_unfit(model)
     floating = onnx.shape_inference.infer_shapes(model)
     name_nodes(floating)
-    _refuse_unknown(floating, keep_float)
+    refuse_unknown(floating, keep_float)
+    if encoding.float_outputs:
+        own_biases(floating)
     given = ranges
     if given is None:
         given = ranges_of(floating, samples, calibrator=calibrator, threads=threads)
     refuse_ranges(floating, given)
-    kept = {*keep_float, *_constant_adds(floating), *_inexact_clips(floating)}
+    kept = {*keep_float, *_never_int8(floating, encoding)}
     result = _write(floating, given, encoding, kept)
-    not_written = check_ranges(floating, result, given, kept=kept, op_types=encoding.op_types)
-    counts = check_int8(floating, result, keep_float=keep_float)
+    not_written = check_ranges(
+        floating, result, given, kept=kept, op_types=encoding.op_types,
+        float_outputs=encoding.float_outputs,
+    )  # fmt: skip
+    tables: list[str] = []
+    if encoding.embeddings:
+        result, tables = quantize_embeddings(result)
+        _sort_initializers(result)
+    never = activation_products(floating) if encoding.float_outputs else []
+    counts = check_int8(floating, result, keep_float={*keep_float, *never}, embeddings=tables)
     if correct_bias:
         result = with_corrected_bias(floating, result, samples, threads=threads)
     return Quantized(result, counts, not_written)
 
 
-def _refuse_unfit(model: ModelProto) -> None:
+def refuse_unfit(model: ModelProto) -> None:
+    """Raises ExportError unless this is a float graph that int8 can be made of."""
     if is_quantized(model):
         raise ExportError(
             "the model is quantized already (it has QuantizeLinear or DequantizeLinear nodes); "
@@ -196,13 +246,20 @@ def _is_finite(value: Array) -> bool:
     return value.ndim == 0 or value.dtype.kind != "f" or bool(np.isfinite(value).all())
 
 
-def _refuse_unknown(model: ModelProto, keep_float: Collection[str]) -> None:
+def refuse_unknown(model: ModelProto, keep_float: Collection[str]) -> None:
+    """Raises ExportError for names of nodes that the graph has not."""
     unknown = sorted(set(keep_float) - {node.name for node in model.graph.node})
     if unknown:
         raise ExportError(
             f"keep_float: the graph has no node named {', '.join(unknown[:3])}; names are those of "
             "the float ONNX (e.g. in netron)"
         )
+
+
+def _never_int8(model: ModelProto, encoding: Encoding) -> set[str]:
+    """Names of nodes that stay float under this encoding, though their operator is one of it."""
+    never = {*_constant_adds(model), *_inexact_clips(model)}
+    return {*never, *activation_products(model)} if encoding.float_outputs else never
 
 
 def _constant_adds(model: ModelProto) -> list[str]:
@@ -250,10 +307,12 @@ def _write(
             [],
             sorted(kept),
             list(encoding.op_types),
-            {"WeightSymmetric": True, "ActivationSymmetric": False},
+            _extra_options(encoding),
         )
         quantizer.quantize_model()
         result: ModelProto = quantizer.model.model
+    if encoding.float_outputs:
+        free_float_nodes(result, kept, encoding.op_types)
     guard(result, kept)
     _free_logits(result, logits)
     drop_unused_initializers(result)
@@ -261,6 +320,13 @@ def _write(
     sort_nodes(result)  # onnxruntime appends Q and DQ at the end
     del result.graph.value_info[:]  # some describe values that are gone; who runs it needs none
     return strip(result)
+
+
+def _extra_options(encoding: Encoding) -> dict[str, Any]:
+    options: dict[str, Any] = {"WeightSymmetric": True, "ActivationSymmetric": False}
+    if encoding.float_outputs:
+        options["OpTypesToExcludeOutputQuantization"] = list(encoding.op_types)
+    return options
 
 
 def _logits(model: ModelProto) -> set[str]:

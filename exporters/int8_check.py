@@ -20,6 +20,7 @@ from onnxruntime.quantization.quant_utils import add_quant_suffix
 from ..pipeline.errors import ExportError, IntegrityError
 from .audit import initializer_bytes
 from .calibrate import LEVELS, Range, activations, scale_and_zero_point
+from .embedding import embedding_bytes
 from .graph import WEIGHTED_OPS, arrays, consumers, producers
 
 Array = np.ndarray[Any, Any]
@@ -36,7 +37,11 @@ PASSING_OPS = frozenset(
 
 
 def check_int8(
-    floating: ModelProto, quantized: ModelProto, *, keep_float: Collection[str] = ()
+    floating: ModelProto,
+    quantized: ModelProto,
+    *,
+    keep_float: Collection[str] = (),
+    embeddings: Collection[str] = (),
 ) -> dict[str, int]:
     """Holds the int8 graph against the float one; returns what was counted.
 
@@ -46,6 +51,7 @@ def check_int8(
 
     Args:
         keep_float: names of the nodes that stay float, and of no others.
+        embeddings: names of the float graph's tables that became int8 rows.
 
     Raises:
         IntegrityError: a weight was left float, nothing was quantized, a bias is clipped or has
@@ -83,9 +89,12 @@ def check_int8(
         "float_initializer_bytes": sum(initializer_bytes(floating).values()),
         "int8_initializer_bytes": sum(initializer_bytes(quantized).values()),
     }
+    if embeddings:
+        counts["int8_embeddings"] = len(embeddings)
     if not counts["quantize_linear"]:
         raise IntegrityError("int8: no value is quantized; expected at least one. Ship the float")
-    _check_bytes(floating, counts, channels, keep_float)
+    before, after = embedding_bytes(floating, list(embeddings))
+    _check_bytes(floating, counts, channels, keep_float, saved=before - after)
     return counts
 
 
@@ -107,6 +116,7 @@ def check_ranges(
     *,
     kept: Collection[str],
     op_types: Collection[str],
+    float_outputs: bool = False,
 ) -> dict[str, str]:
     """Holds scale and zero point of every written activation against its range, bit by bit.
 
@@ -114,6 +124,7 @@ def check_ranges(
         floating: with inferred shapes.
         kept: names of the nodes that stay float.
         op_types: that become int8 elsewhere.
+        float_outputs: what they write is not quantized.
 
     Returns:
         The ranges that are not in the file, by tensor name, each with the reason.
@@ -129,7 +140,9 @@ def check_ranges(
     for name in names:
         if name not in written:
             if name in ranges:
-                reasons[name] = _why_absent(name, floating, quantized, kept, op_types)
+                reasons[name] = _why_absent(
+                    name, floating, quantized, kept, op_types, float_outputs=float_outputs
+                )
         elif providers[name] != name:
             if name in ranges and scale_and_zero_point(*ranges[name]) != written[name]:
                 reasons[name] = f"has the scale of {providers[name]}: integers are passed on"
@@ -175,7 +188,7 @@ def _written(
 
 def _why_absent(
     name: str, floating: ModelProto, quantized: ModelProto, kept: Collection[str],
-    op_types: Collection[str],
+    op_types: Collection[str], *, float_outputs: bool,
 ) -> str:  # fmt: skip
     readers = consumers(floating).get(name, [])
     writer = producers(floating).get(name)
@@ -186,7 +199,7 @@ def _why_absent(
         return "a graph output: it leaves in float"
     quantizing = [
         node
-        for node in (*readers, *([writer] if writer is not None else []))
+        for node in (*readers, *([writer] if writer is not None and not float_outputs else []))
         if node.op_type in op_types
         and node.op_type not in ABSORBED_OPS | PASSING_OPS
         and node.name not in kept
@@ -263,10 +276,12 @@ def _scale_count(name: str, writers: dict[str, NodeProto], stored: dict[str, Ten
 
 
 def _check_bytes(
-    floating: ModelProto, counts: dict[str, int], channels: int, keep_float: Collection[str]
-) -> None:
+    floating: ModelProto, counts: dict[str, int], channels: int, keep_float: Collection[str],
+    *, saved: int,
+) -> None:  # fmt: skip
     """Per output channel: scale 4, zero point 1, bias scale 4, bias zero point 4, and 4 for a bias
     that the float net had not; per activation: scale 4, zero point 1 (counted at each Q and DQ).
+    saved: by word embeddings.
     """
     constants = arrays(floating)
     weight_names = {
@@ -279,7 +294,8 @@ def _check_bytes(
     }
     weight_bytes = sum(constants[name].nbytes for name in weight_names)
     nodes = counts["quantize_linear"] + counts["dequantize_linear"]
-    expected = counts["float_initializer_bytes"] - 0.75 * weight_bytes + 17 * channels + 5 * nodes
+    left = counts["float_initializer_bytes"] - 0.75 * weight_bytes - saved
+    expected = left + 17 * channels + 5 * nodes
     if counts["int8_initializer_bytes"] > BYTES_SLACK * expected:
         raise IntegrityError(
             f"int8: {counts['int8_initializer_bytes']:,} bytes of initializers, expected at most "

@@ -21,6 +21,7 @@ import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto
 
 from ..pipeline.errors import ExportError, MeasurementError, RuntimeFailure
+from .feeds import as_input, entry_of, feed, fitted
 from .sessions import CANNOT_LOAD, DIED, SILENT, one_line, pad_batch
 from .stamp import write_model
 
@@ -57,11 +58,12 @@ def optimize(model: ModelProto, inputs: Array | None, *, threads: int, where: st
     """Opens the graph and, with inputs, runs it a dozen times at most.
 
     Args:
-        inputs: float32, (N ≥ 1, C, H, W), fed one at a time, or as many as the graph fixes.
+        inputs: float32, (N ≥ 1, C, H, W), or int64 tokens, (N ≥ 1, K, S); fed one at a time, or as
+            many as the graph fixes.
         where: named first in every error.
 
     Raises:
-        ExportError: it cannot be opened or fed, or has more than one input.
+        ExportError: it cannot be opened or fed, or has other inputs.
         MeasurementError: no inputs.
         RuntimeFailure: onnxruntime failed.
     """
@@ -84,7 +86,7 @@ def optimize(model: ModelProto, inputs: Array | None, *, threads: int, where: st
             raise ExportError(
                 f"{where}: onnxruntime {ort.__version__} cannot open or feed it: "
                 f"{one_line(error)}; export it again, or check the preprocessing's size and "
-                "channels"
+                "channels, or the tokenizer"
             ) from error
         except DIED as error:
             raise RuntimeFailure(
@@ -99,20 +101,14 @@ def optimize(model: ModelProto, inputs: Array | None, *, threads: int, where: st
 
 def _run(session: ort.InferenceSession, inputs: Array, where: str) -> int:
     """Runs that count, after WARM_UP that do not."""
-    entries = session.get_inputs()
-    if len(entries) != 1:
-        raise ExportError(
-            f"{where}: takes {len(entries)} inputs ({', '.join(e.name for e in entries)}); "
-            "expected one; leave the samples out to audit the graph without time"
-        )
+    entry = entry_of(session)
     if not len(inputs):
         raise MeasurementError(f"{where}: no samples to profile with; expected one or more")
-    fixed = entries[0].shape[0] if isinstance(entries[0].shape[0], int) else None
-    size, runs, deadline = fixed or 1, 0, time.perf_counter() + SECONDS
+    size, runs, deadline = entry.batch or 1, 0, time.perf_counter() + SECONDS
     while runs < WARM_UP + 1 or (runs < WARM_UP + RUNS and time.perf_counter() < deadline):
         start = runs * size % len(inputs)
-        batch = pad_batch(np.ascontiguousarray(inputs[start : start + size]), size)
-        session.run(None, {entries[0].name: batch})
+        batch = pad_batch(as_input(inputs[start : start + size]), size)
+        session.run(None, feed(fitted(batch, entry), entry.names))
         runs += 1
     return runs - WARM_UP
 

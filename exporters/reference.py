@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..pipeline.errors import ModelError
+from .feeds import is_tokens, longest
 from .quiet import quiet
 
 Array = np.ndarray[Any, Any]
@@ -37,7 +38,7 @@ def logits_float32(module: nn.Module, inputs: Array, *, batch_size: int) -> Arra
     """Logits of the module in eval mode, float32, (N, classes).
 
     Args:
-        inputs: float32, (N, C, H, W), N ≥ 1.
+        inputs: float32, (N, C, H, W), or int64 tokens, (N, K, S); N ≥ 1.
         batch_size: samples a call; the last batch is filled up by repeating its last sample, so
             that a program captured with a fixed batch can be run too.
 
@@ -50,7 +51,11 @@ def logits_float32(module: nn.Module, inputs: Array, *, batch_size: int) -> Arra
         said = " ".join(str(error).split())[:300]
         raise ModelError(
             f"the network fails on an input of shape {inputs.shape[1:]}: {said}; check "
-            "data.preprocess and the network's input size"
+            + (
+                "data.tokenize, and how many tokens and token types the network has"
+                if is_tokens(inputs)
+                else "data.preprocess and the network's input size"
+            )
         ) from error
 
 
@@ -58,7 +63,7 @@ def logits_float64(module: nn.Module, inputs: Array, *, batch_size: int) -> tupl
     """Logits of a copy of the module in float64, or an empty array and why it is impossible.
 
     A network that makes float32 tensors in its forward(), or a program whose graph holds such
-    constants, cannot run in float64.
+    constants, cannot run in float64. Tokens stay int64.
     """
     try:
         with quiet():  # copying a program warns about torch's own internals
@@ -73,9 +78,12 @@ def _run(module: nn.Module, inputs: Array, dtype: torch.dtype, batch_size: int) 
     outputs: list[Array] = []
     with torch.no_grad(), evaluating(module):
         for start in range(0, len(inputs), batch_size):
-            batch = torch.from_numpy(np.ascontiguousarray(inputs[start : start + batch_size]))
+            part = inputs[start : start + batch_size]
+            if is_tokens(part) and hasattr(module, "input_names"):  # a text network, of any length
+                part = part[..., : longest(part)]
+            batch = torch.from_numpy(np.ascontiguousarray(part))
             missing = batch_size - len(batch)
             full = torch.cat([batch, batch[-1:].expand(missing, *batch.shape[1:])])
-            logits: Tensor = module(full.to(dtype))
+            logits: Tensor = module(full.to(torch.int64 if is_tokens(part) else dtype))
             outputs.append(logits[: len(batch)].numpy())
     return np.concatenate(outputs)

@@ -33,7 +33,7 @@ def normalise(model: ModelProto) -> ModelProto:
 
 def constants_as_initializers(model: ModelProto) -> ModelProto:
     """Constant nodes with a tensor become initializers: the quantizer looks for weights there."""
-    result = _copy(model)
+    result = copied(model)
     kept = []
     for node in result.graph.node:
         value = attribute(node, "value", None) if node.op_type == "Constant" else None
@@ -43,7 +43,7 @@ def constants_as_initializers(model: ModelProto) -> ModelProto:
         tensor = result.graph.initializer.add()
         tensor.CopyFrom(value)
         tensor.name = node.output[0]
-    _set_nodes(result, kept)
+    set_nodes(result, kept)
     return result
 
 
@@ -54,7 +54,7 @@ def fold_batchnorm(model: ModelProto) -> ModelProto:
     written as Mul and Add. A node whose statistics are not constants is left, and so is one in
     training mode: both would be another function.
     """
-    result = _copy(model)
+    result = copied(model)
     constants = arrays(result)
     writers, readers = producers(result), consumers(result)
     outputs = {value.name for value in result.graph.output}
@@ -74,13 +74,13 @@ def fold_batchnorm(model: ModelProto) -> ModelProto:
             constants = arrays(result)
         else:
             nodes += _as_mul_add(result, node, scale, shift)
-    _set_nodes(result, nodes)
+    set_nodes(result, nodes)
     return result
 
 
 def pool_means(model: ModelProto) -> ModelProto:
     """ReduceMean over the last two of four axes → GlobalAveragePool, Flatten if it drops them."""
-    result = _copy(model)
+    result = copied(model)
     constants = arrays(result)
     nodes: list[NodeProto] = []
     for node in result.graph.node:
@@ -89,12 +89,12 @@ def pool_means(model: ModelProto) -> ModelProto:
             continue
         output = node.output[0]
         if attribute(node, "keepdims", 1):
-            nodes.append(_node("GlobalAveragePool", [node.input[0]], output, node))
+            nodes.append(in_place_of("GlobalAveragePool", [node.input[0]], output, node))
         else:
             pooled = f"{output}_pooled"
-            nodes.append(_node("GlobalAveragePool", [node.input[0]], pooled, node))
-            nodes.append(_node("Flatten", [pooled], output, node, axis=1))
-    _set_nodes(result, nodes)
+            nodes.append(in_place_of("GlobalAveragePool", [node.input[0]], pooled, node))
+            nodes.append(in_place_of("Flatten", [pooled], output, node, axis=1))
+    set_nodes(result, nodes)
     return result
 
 
@@ -161,8 +161,8 @@ def _as_mul_add(model: ModelProto, node: NodeProto, scale: Array, shift: Array) 
     factor, offset, product = f"{output}_scale", f"{output}_shift", f"{output}_scaled"
     _add_initializers(model, {factor: scale.reshape(shape), offset: shift.reshape(shape)})
     return [
-        _node("Mul", [node.input[0], factor], product, node),
-        _node("Add", [product, offset], output, node),
+        in_place_of("Mul", [node.input[0], factor], product, node),
+        in_place_of("Add", [product, offset], output, node),
     ]
 
 
@@ -184,9 +184,10 @@ def _is_spatial_mean(node: NodeProto, constants: dict[str, Array]) -> bool:
     return axes is not None and sorted(int(a) % 4 for a in np.ravel(axes)) == [2, 3]
 
 
-def _node(
+def in_place_of(
     op: str, inputs: list[str], output: str, origin: NodeProto, **attributes: Any
 ) -> NodeProto:
+    """A node named after the one that it replaces."""
     return helper.make_node(op, inputs, [output], name=f"{origin.name}_{op}", **attributes)
 
 
@@ -197,13 +198,15 @@ def _add_initializers(model: ModelProto, values: dict[str, Array]) -> None:
     )
 
 
-def _copy(model: ModelProto) -> ModelProto:
+def copied(model: ModelProto) -> ModelProto:
+    """The graph again, to be changed in place."""
     result = ModelProto()
     result.CopyFrom(model)
     return result
 
 
-def _set_nodes(model: ModelProto, nodes: list[NodeProto]) -> None:
+def set_nodes(model: ModelProto, nodes: list[NodeProto]) -> None:
+    """Puts these nodes, in this order, in place of the main graph's."""
     copies = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del model.graph.node[:]
     model.graph.node.extend(copies)

@@ -6,7 +6,7 @@ elements 2j and 2j+1 along K. As read in onnxruntime's sources (1.22 to main; th
 kernel: QgemmU8X8KernelAvx2.S with PackedK = 4, ConvSymKernelAvx2.S, QgemmU8S8KernelAvx512Core.S,
 their VPMADDWD step adds in int32):
 
-    Gemm, MatMul   K is the inner axis
+    Gemm, MatMul   K is the inner axis; MatMulInteger, of dynamic int8, too
     Conv           K is (kernel position, channel of the group): the filter is reordered from OIHW
                    to HWIO (qlinearconv.cc, ReorderFilter), the image is channels-last, and padding
                    holds the zero point
@@ -30,7 +30,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..pipeline.errors import ExportError, MeasurementError, RuntimeFailure
 from .calibrate import Samples
-from .graph import WEIGHTED_OPS, attribute, batch_size, producers
+from .feeds import as_input, entry_of, feed, fitted
+from .graph import PRODUCT_OPS, attribute, producers
 from .sessions import CANNOT_LOAD, DIED, one_line, open_session, pad_batch
 from .stamp import write_model
 
@@ -65,8 +66,9 @@ def saturating_pairs(model: ModelProto, samples: Samples, *, threads: int) -> li
     """Every Conv, Gemm and MatMul with int8 weights, in graph order. JSON-able.
 
     Args:
-        model: QDQ, uint8 activations.
-        samples: float32, (N ≥ 1, C, H, W), real; read in steps of 8, so memory stays flat.
+        model: QDQ or dynamic int8, uint8 activations.
+        samples: float32, (N ≥ 1, C, H, W), or int64 tokens, (N ≥ 1, K, S), real; read in steps of
+            8, texts of free length one by one, so memory stays flat and padding is not counted.
 
     Returns:
         For each: node, op; pairs (N · K/2 of the weights), pairs_at_risk (of them, those that some
@@ -175,9 +177,14 @@ def _layers(model: ModelProto) -> list[_Layer]:
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     layers = []
     for node in model.graph.node:
-        if node.op_type not in WEIGHTED_OPS:
+        if node.op_type not in PRODUCT_OPS:
             continue
         activation, weight = (writers.get(name) for name in node.input[:2])
+        if node.op_type == "MatMulInteger" and node.input[1] in stored:
+            values = numpy_helper.to_array(stored[node.input[1]])
+            if values.dtype == np.int8:
+                layers.append(_product(node, node, values, stored))
+            continue
         if weight is None or weight.op_type != "DequantizeLinear":
             continue
         tensor = stored.get(weight.input[0])
@@ -295,18 +302,22 @@ def _activations(
         for name in wanted
         if name not in known
     )
-    fixed = batch_size(model)
-    size = fixed or BATCH
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "watched.onnx")
         write_model(watched, path)
         session = open_session(path, threads=threads, optimize=False)
-    entry = session.get_inputs()[0].name
+    entry = entry_of(session)
+    size = entry.batch or (1 if entry.sequence is None and len(entry.names) > 1 else BATCH)
     for start in range(0, len(samples), size):
-        batch = np.ascontiguousarray(samples[start : start + size], dtype=np.float32)
+        batch = as_input(samples[start : start + size])
         count = len(batch)
+        full = fitted(pad_batch(batch, size) if entry.batch else batch, entry)
         try:
-            values = session.run(wanted, {entry: pad_batch(batch, size) if fixed else batch})
+            values = session.run(wanted, feed(full, entry.names))
         except (*CANNOT_LOAD, *DIED) as error:
             raise RuntimeFailure(f"saturation: onnxruntime failed: {one_line(error)}") from error
-        yield {name: value[:count] for name, value in zip(wanted, values, strict=True)}
+        # of texts (N · S, K); the samples that fill a fixed batch are left out
+        yield {
+            name: value[: len(value) * count // len(full)]
+            for name, value in zip(wanted, values, strict=True)
+        }

@@ -15,6 +15,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from ..pipeline.errors import ExportError, RuntimeFailure
+from .feeds import Entry, entry_of, feed, fitted
 from .graph import read_model
 
 Array = np.ndarray[Any, Any]
@@ -72,7 +73,8 @@ def run_batches(session: ort.InferenceSession, inputs: Array, batch_size: int) -
     """Logits of all samples.
 
     Args:
-        inputs: float32, (N, C, H, W); N may be 0.
+        inputs: float32, (N, C, H, W), or int64 tokens, (N, K, S); N may be 0. Texts of a batch are
+            cut to the longest of them, where the graph's length is free.
         batch_size: samples a call, ≥ 1. A session with a fixed batch uses its own size, and the
             last batch is filled up by repeating its last sample.
 
@@ -80,15 +82,13 @@ def run_batches(session: ort.InferenceSession, inputs: Array, batch_size: int) -
         (N, classes), the session's first output.
 
     Raises:
-        ExportError: the shapes do not fit the session's input.
+        ExportError: the shapes do not fit the session's inputs.
         RuntimeFailure: onnxruntime failed while running.
     """
-    source = session.get_inputs()[0]
-    fixed = source.shape[0] if source.shape and isinstance(source.shape[0], int) else None
-    size = fixed or batch_size
+    entry = entry_of(session)
+    size = entry.batch or batch_size
     outputs = [
-        _run(session, source.name, inputs[start : start + size], fixed)
-        for start in range(0, len(inputs), size)
+        _run(session, entry, inputs[start : start + size]) for start in range(0, len(inputs), size)
     ]
     if not outputs:
         classes = session.get_outputs()[0].shape[1:]
@@ -108,16 +108,23 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _run(session: ort.InferenceSession, name: str, batch: Array, fixed: int | None) -> Array:
+def _run(session: ort.InferenceSession, entry: Entry, batch: Array) -> Array:
     count = len(batch)
-    full = pad_batch(batch, fixed) if fixed else batch
+    full = fitted(pad_batch(batch, entry.batch) if entry.batch else batch, entry)
+    fed = feed(full, entry.names)
     try:
-        logits: Array = session.run(None, {name: np.ascontiguousarray(full)})[0]
+        logits: Array = session.run(None, fed)[0]
     except ort_state.InvalidArgument as error:
-        expected = session.get_inputs()[0].shape
+        first = session.get_inputs()[0]
+        got = fed[first.name]
+        hint = (
+            "the preprocessing's size and channels"
+            if got.dtype.kind == "f"
+            else "data.tokenize.max_length and that the tokenizer is the network's"
+        )
         raise ExportError(
-            f"input {name!r}: expected {expected}, got {full.shape} {full.dtype}: "
-            f"{one_line(error)}; check the preprocessing's size and channels"
+            f"input {first.name!r}: expected {first.shape}, got {got.shape} {got.dtype}: "
+            f"{one_line(error)}; check {hint}"
         ) from error
     except (*CANNOT_LOAD, *DIED) as error:
         raise RuntimeFailure(

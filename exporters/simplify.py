@@ -26,6 +26,7 @@ from .graph import is_quantized
 from .rewrites import normalise
 from .sessions import open_session, run_batches
 from .stamp import strip, write_model
+from .text_rewrites import normalise_text
 
 Array = np.ndarray[Any, Any]
 
@@ -56,10 +57,11 @@ def simplify(
 ) -> Simplified:
     """The smallest graph whose outputs agree with the given one on real samples.
 
-    Tried in this order: onnxsim and then our rewrites; our rewrites alone; the graph as it is.
+    Tried in this order: onnxsim and then our rewrites; our rewrites alone; the graph as it is. Of
+    texts, the rewrites that need torch's own shapes come before onnxsim.
 
     Args:
-        samples: float32, (N, C, H, W), real and preprocessed; N ≥ 1.
+        samples: float32, (N, C, H, W), or int64 tokens, (N, K, S), real and preprocessed; N ≥ 1.
         floor: largest error of float32 itself on them, see compare.float_floor; sets the tolerance.
         enabled: False leaves onnxsim out; BatchNormalization is folded all the same.
 
@@ -69,6 +71,7 @@ def simplify(
     if is_quantized(model):
         raise ExportError("the graph is quantized already; simplify the float graph before int8")
     reference = _outputs(model, samples, threads=threads)
+    given, model = model, normalise_text(model)
     reasons = ["switched off (export.simplify)"]
     if enabled:
         folded, reason = run_onnxsim(model)
@@ -84,7 +87,7 @@ def simplify(
     if kept:
         return Simplified(strip(candidate), False, reasons[0])
     return Simplified(
-        strip(model), False, f"{reasons[0]}; own folding not used: its outputs differ: {reason}"
+        strip(given), False, f"{reasons[0]}; own folding not used: its outputs differ: {reason}"
     )
 
 

@@ -126,6 +126,10 @@ def _about_types(node: NodeProto, view: View) -> str | None:
 
 
 def _about_output(node: NodeProto, view: View) -> str | None:
+    kinds = {reader.op_type for reader in _readers(node, view)}
+    if node.op_type in FREE_OUTPUT and len(kinds) > 1 and "QuantizeLinear" in kinds:
+        named = ", ".join(sorted(kinds - {"QuantizeLinear"}))
+        return f"its output goes on in int8 and, to {named}, in float; a kernel writes one of them"
     if node.op_type in FREE_OUTPUT:
         return None
     if any(name in view.outputs for name in node.output):
