@@ -6,6 +6,7 @@
     user_code.py  a user's own module, isolated from everybody else's modules of the same name
     program.py    a .pt2 file, read without running code hidden in it
     hf_folder.py  what a Hugging Face folder says of itself; hf.py: its network and weights
+    hf_text.py    text encoders: what they are fed, which of their layers stay
     weights.py    checkpoints: read, check, load
     plan.py       what pruning left of a network, as sizes: enough to build it again
     store.py      a network on disk: weights, reference and all a user of it has to know

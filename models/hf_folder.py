@@ -40,6 +40,8 @@ class HfFolder:
         """Names of the classes in the order of the logits; LABEL_0, … where it names none."""
         names = self.config.get("id2label") or {}
         count = len(names) or int(self.config.get("num_labels") or 0)
+        if not count and any("Classification" in n for n in self.config.get("architectures") or ()):
+            count = 2  # save_pretrained writes neither where there are two without names
         return tuple(str(names.get(str(number), f"LABEL_{number}")) for number in range(count))
 
     @property

@@ -39,7 +39,7 @@ class StoredNetwork:
 
     network: Network
     classes: int
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]  # (C, H, W), or (K, S) of texts
     class_names: tuple[str, ...]
     preprocess: dict[str, Any]
 
@@ -111,13 +111,13 @@ def load_network(folder: Path) -> StoredNetwork:
         raise IntegrityError(
             f"{path}: is not the file that {DESCRIPTION} describes; it was changed or cut short"
         )
-    shape = document["input_shape"]
+    shape = tuple(document["input_shape"])
     is_program = document["weights"] == PROGRAM
     network = open_network(
         str(path) if is_program else document["reference"],
         args=document["args"],
         classes=document["classes"],
-        input_shape=(shape[0], shape[1], shape[2]),
+        input_shape=shape,
         seed=0,  # every weight is replaced below
     )
     if plan is not None:
@@ -128,7 +128,7 @@ def load_network(folder: Path) -> StoredNetwork:
     return StoredNetwork(
         network=replace(network, reference=document["reference"]) if is_program else network,
         classes=document["classes"],
-        input_shape=(shape[0], shape[1], shape[2]),
+        input_shape=shape,
         class_names=tuple(document["class_names"]),
         preprocess=document["preprocess"],
     )
