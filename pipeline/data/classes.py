@@ -27,7 +27,7 @@ def settle_classes(
 
     Raises:
         DataError: names differ between the sets, fewer than two classes, or a class of which the
-            training set has no image.
+            training set has no sample.
     """
     train = sources["train"]
     class_names = train.class_names if labels is None else labels
@@ -47,7 +47,7 @@ def settle_classes(
     absent = absent_classes(settled["train"].labels, class_names)
     if absent:
         raise DataError(
-            f"{train.where}: no training image of the classes {listing(absent)}; add some, or "
+            f"{train.where}: no training sample of the classes {listing(absent)}; add some, or "
             "take the classes out of the set's names"
         )
     return class_names, settled

@@ -1,13 +1,17 @@
 """What the data stage leaves in its folder, and how the other stages open it.
 
-    data.json                       class names, preprocessing (mean and std filled in), statistics
-    PART.images.npy                 uint8 (N, H, W, C), canvases; PART: train, validation, test
-    train.images.npy                … and behind its own images those of the unlabelled part, if
+    data.json                       class names, preparation (all filled in), statistics
+    PART.contents.npy               uint8 (N, H, W, C), canvases, or int32 (N, K, S), tokens;
+                                    PART: train, validation, test
+    train.contents.npy              … and behind its own samples those of the unlabelled part, if
                                     there is one, so that both are one array without a copy
     PART.labels.npy                 int64 (N,)
-    PART.hashes.npy                 uint8 (N, 16), content of the full-size image
-    PART.names.json                 where each image came from
+    PART.hashes.npy                 uint8 (N, 16), content of the full-size image, or of the text
+    PART.names.json                 where each sample came from
     calibration.npy                 int64, indices into train
+    tokenizer.json, vocab.txt       of texts, the latter if the tokenizer has one
+    kept_ids.npy                    of a trimmed tokenizer, int64: the old id of each new one
+    golden.json                     of texts: some with their tokens, see golden.py
 
 The unlabelled part has labels, hashes and names files too; every label in it is -1.
 Equal inputs give equal bytes.
@@ -25,31 +29,33 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import IntegrityError
-from ..recipe import PreprocessSpec
+from ..recipe import PreprocessSpec, Tokenization
 from ..workspace import write_atomically
-from .preprocess import input_size
+from .inputs import Preparation, input_shape
 
 FORMAT = 1
 PARTS = ("train", "validation", "test")  # always there
 UNLABELLED = "unlabelled"  # the fourth, there if the recipe asks for it
+KEPT_IDS = "kept_ids.npy"
 _ROWS_AT_ONCE = 1024  # bounds what is copied at a time
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSet:
-    """N images of one size.
+class SampleSet:
+    """N samples of one size.
 
     Attributes:
-        images: uint8 (N, H, W, C), an array or a read-only memmap.
-        labels: int64 (N,), or -1 where the image has none to learn from.
+        contents: uint8 (N, H, W, C), images; or int32 (N, K, S), tokens of texts, see tokens.py.
+            An array or a read-only memmap.
+        labels: int64 (N,), or -1 where the sample has none to learn from.
         ids: int64 (N,): the first 8 bytes of the content hash, big-endian, signed.
         hashes: (N,) content hashes, 32 hexadecimal digits.
-        names: (N,) where each image came from, relative to its set; or None.
+        names: (N,) where each sample came from, relative to its set; or None.
     """
 
-    images: Array
+    contents: Array
     labels: npt.NDArray[np.int64]
     ids: npt.NDArray[np.int64]
     hashes: Array
@@ -65,24 +71,29 @@ class Data:
 
     Attributes:
         calibration: int64 indices into train, in random order: any prefix is a fair sample.
-        preprocess: with crop, mean and std filled in.
-        input_shape: (C, h, w) of the network's input.
+        preprocess: with crop, mean and std filled in; of texts, how they were tokenized.
+        input_shape: (C, h, w) of the network's input, or (K, S).
         stats: what the data stage reported, but for the times.
-        unlabelled: images to learn from without labels, or None; see `with_unlabelled`.
-        joined_images: the images of train, then of unlabelled: (N + M, H, W, C), of which both
-            sets hold a view; None if there are no unlabelled ones.
+        unlabelled: samples to learn from without labels, or None; see `with_unlabelled`.
+        joined_contents: those of train, then of unlabelled: (N + M, …), of which both sets hold a
+            view; None if there are no unlabelled ones.
+        folder: where the data stage has left all this.
+        kept_ids: of a trimmed tokenizer: for each id the one that it had, which is the row of its
+            embedding in an hf: folder; None: all are as they were.
     """
 
-    train: ImageSet
-    validation: ImageSet
-    test: ImageSet
+    train: SampleSet
+    validation: SampleSet
+    test: SampleSet
     calibration: npt.NDArray[np.int64]
     class_names: tuple[str, ...]
-    preprocess: PreprocessSpec
-    input_shape: tuple[int, int, int]
+    preprocess: Preparation
+    input_shape: tuple[int, ...]
     stats: dict[str, Any]
-    unlabelled: ImageSet | None = None
-    joined_images: Array | None = None
+    unlabelled: SampleSet | None = None
+    joined_contents: Array | None = None
+    folder: Path | None = None
+    kept_ids: tuple[int, ...] | None = None
 
 
 def open_data(folder: Path, *, memory_budget_bytes: int) -> Data:
@@ -98,23 +109,24 @@ def open_data(folder: Path, *, memory_budget_bytes: int) -> Data:
             raise IntegrityError(
                 f"{path}: expected format {FORMAT}, got {about['format']}; run with --fresh"
             )
-        size = sum((folder / f"{part}.images.npy").stat().st_size for part in PARTS)
+        size = sum((folder / f"{part}.contents.npy").stat().st_size for part in PARTS)
         mapped = size > memory_budget_bytes
-        images = {part: _load(folder / f"{part}.images.npy", mapped=mapped) for part in PARTS}
+        images = {part: _load(folder / f"{part}.contents.npy", mapped=mapped) for part in PARTS}
         counts, joined = about["stats"]["counts"], None
         if UNLABELLED in counts:
             joined, labelled = images["train"], counts["train"]
             images |= {"train": joined[:labelled], UNLABELLED: joined[labelled:]}
         sets = {part: _open_set(folder, part, of_part) for part, of_part in images.items()}
         calibration = _load(folder / "calibration.npy")
-        preprocess = PreprocessSpec.model_validate(about["preprocess"])
+        preprocess = _preparation(about["preprocess"])
         class_names, stats = tuple(about["class_names"]), about["stats"]
+        trimmed = "vocabulary" in stats
+        kept_ids = tuple(_load(folder / KEPT_IDS).tolist()) if trimmed else None
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise IntegrityError(
             f"{folder}: expected the files of the data stage, got: {error}; run with --fresh"
         ) from error
     train = sets["train"]
-    height, width = input_size(preprocess, (train.images.shape[1], train.images.shape[2]))
     return Data(
         train=train,
         validation=sets["validation"],
@@ -122,14 +134,21 @@ def open_data(folder: Path, *, memory_budget_bytes: int) -> Data:
         calibration=calibration,
         class_names=class_names,
         preprocess=preprocess,
-        input_shape=(preprocess.channel_count, height, width),
+        input_shape=input_shape(train.contents, preprocess),
         stats=stats,
         unlabelled=sets.get(UNLABELLED),
-        joined_images=joined,
+        joined_contents=joined,
+        folder=folder,
+        kept_ids=kept_ids,
     )
 
 
-def with_unlabelled(data: Data) -> ImageSet:
+def _preparation(stored: Mapping[str, Any]) -> Preparation:
+    kind = Tokenization if "tokenizer_sha256" in stored else PreprocessSpec
+    return kind.model_validate(stored)
+
+
+def with_unlabelled(data: Data) -> SampleSet:
     """Train followed by unlabelled (labels -1): what a student can learn from.
 
     The images are one array, resident or memory-mapped as train's are, and nothing is copied: the
@@ -139,10 +158,10 @@ def with_unlabelled(data: Data) -> ImageSet:
     train, more = data.train, data.unlabelled
     if more is None:
         return train
-    assert data.joined_images is not None
+    assert data.joined_contents is not None
     named = train.names is not None and more.names is not None
-    return ImageSet(
-        images=data.joined_images,
+    return SampleSet(
+        contents=data.joined_contents,
         labels=np.concatenate([train.labels, more.labels]),
         ids=np.concatenate([train.ids, more.ids]),
         hashes=np.concatenate([train.hashes, more.hashes]),
@@ -156,17 +175,17 @@ def ids_of(digests: Array) -> npt.NDArray[np.int64]:
     return head.astype(np.int64)
 
 
-def write_images(folder: Path, part: str, pieces: Sequence[tuple[Array, Array]]) -> None:
-    """`PART.images.npy`.
+def write_contents(folder: Path, part: str, pieces: Sequence[tuple[Array, Array]]) -> None:
+    """`PART.contents.npy`.
 
     Args:
-        pieces: (images, rows), one behind the other: of uint8 (M, H, W, C) the rows (N,) are
-            written, in that order.
+        pieces: (contents, rows), one behind the other: of (M, …) the rows (N,) are written, in
+            that order.
     """
     stored = np.lib.format.open_memmap(
-        folder / f"{part}.images.npy",
+        folder / f"{part}.contents.npy",
         mode="w+",
-        dtype=np.uint8,
+        dtype=pieces[0][0].dtype,
         shape=(sum(len(rows) for _, rows in pieces), *pieces[0][0].shape[1:]),
     )
     at = 0
@@ -191,7 +210,7 @@ def write_header(
     folder: Path,
     *,
     class_names: Sequence[str],
-    preprocess: PreprocessSpec,
+    preprocess: Preparation,
     calibration: Array,
     stats: Mapping[str, Any],
 ) -> None:
@@ -211,15 +230,15 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, text.encode())
 
 
-def _open_set(folder: Path, part: str, images: Array) -> ImageSet:
+def _open_set(folder: Path, part: str, images: Array) -> SampleSet:
     labels = _load(folder / f"{part}.labels.npy")
     digests = _load(folder / f"{part}.hashes.npy")
     names = json.loads((folder / f"{part}.names.json").read_text(encoding="utf-8"))
     if not len(images) == len(labels) == len(digests) == len(names):
         raise IntegrityError(f"{folder}: the files of {part} differ in length; run with --fresh")
     text = digests.tobytes().hex()
-    return ImageSet(
-        images=images,
+    return SampleSet(
+        contents=images,
         labels=labels,
         ids=ids_of(digests),
         hashes=np.array([text[at : at + 32] for at in range(0, len(text), 32)]),

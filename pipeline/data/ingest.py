@@ -35,10 +35,11 @@ _Item = tuple[Encoded, str, bool]  # image, its name for messages, has it the la
 
 @dataclass(frozen=True, eq=False)
 class Ingested:
-    """The usable images of a source.
+    """The usable samples of a source.
 
     Attributes:
-        images: uint8 (M, H, W, C) memmap; only `rows` of it hold an image.
+        contents: uint8 (M, H, W, C) memmap, or int32 (M, K, S) tokens; only `rows` of it hold a
+            sample.
         rows: int64 (N,), ascending.
         labels, digests, names: of the rows, (N,), uint8 (N, 16), (N,).
         sizes: how many images had each (H, W), upright.
@@ -46,7 +47,7 @@ class Ingested:
     """
 
     source: Source
-    images: npt.NDArray[np.uint8]
+    contents: npt.NDArray[Any]
     rows: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     digests: npt.NDArray[np.uint8]
@@ -116,7 +117,7 @@ def ingest(
         )
     return Ingested(
         source=source,
-        images=images,
+        contents=images,
         rows=rows,
         labels=source.labels[rows],
         digests=digests[rows],
@@ -161,7 +162,7 @@ def _in_order(
         return [_attempt(work, item) for item in chunk]
 
     labelled = ((source.labels != NO_LABEL) | (not source.labelled)).tolist()
-    items = zip(source.images(), source.names, labelled, strict=True)
+    items = zip(source.contents(), source.names, labelled, strict=True)
     with quiet(), ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[list[_T | DataError]]] = deque()
         try:

@@ -56,9 +56,10 @@ def look_at(spec: SourceSpec, *, count: int = LOOKED_AT) -> Look:
     stride = max(1, len(source.labels) // count)
     images, labels = [], []
     with quiet():
-        for index, encoded in islice(enumerate(source.images()), 0, None, stride):
+        for index, encoded in islice(enumerate(source.contents()), 0, None, stride):
             if source.labels[index] == NO_LABEL or encoded is None:
                 continue
+            assert not isinstance(encoded, tuple), "a look is at images"
             if isinstance(encoded, np.ndarray):
                 images.append(Image.fromarray(encoded))
             else:

@@ -46,7 +46,7 @@ def open_parquet(path: Path, *, image: str | None, label: str | None) -> Source:
         _label_column(schemas[0], label, where=files[0]),
     )
     _check_shards(files, schemas, columns)
-    declared = _declared_names(schemas[0], columns[1])
+    declared = declared_names(schemas[0], columns[1])
     values = [_read_labels(file, columns[1]) for file in files]
     names = _row_names(files, [len(part) for part in values])
     if not names:
@@ -58,7 +58,7 @@ def open_parquet(path: Path, *, image: str | None, label: str | None) -> Source:
         class_names=class_names,
         numbered=numbered,
         names=names,
-        images=lambda: _read_all(files, columns[0]),
+        contents=lambda: _read_all(files, columns[0]),
     )
 
 
@@ -84,7 +84,7 @@ def open_unlabelled_parquet(path: Path, *, image: str | None) -> Source:
         class_names=(),
         numbered=False,
         names=names,
-        images=lambda: _read_all(files, column),
+        contents=lambda: _read_all(files, column),
         labelled=False,
     )
 
@@ -106,12 +106,12 @@ def shards(path: Path) -> list[Path]:
 
 
 def _schema(file: Path) -> pa.Schema:
-    with _readable(file):
+    with readable(file):
         return pq.read_schema(file)
 
 
 @contextmanager
-def _readable(file: Path) -> Iterator[None]:
+def readable(file: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
@@ -126,7 +126,7 @@ def _image_column(schema: pa.Schema, asked: str | None, *, where: Path) -> str:
 
 def _label_column(schema: pa.Schema, asked: str | None, *, where: Path) -> str:
     names = _own_names(schema)
-    declared = [name for name in names if _declared_names(schema, name) is not None]
+    declared = [name for name in names if declared_names(schema, name) is not None]
     whole = [name for name in names if _is_integer(schema.field(name).type)]
     words = [name for name in names if _is_text(schema.field(name).type)]
     fitting = (declared, whole, words)
@@ -144,7 +144,7 @@ def _check_shards(files: list[Path], schemas: list[pa.Schema], columns: tuple[st
         same = all(
             name in schema.names
             and schema.field(name).type == first.field(name).type
-            and _declared_names(schema, name) == _declared_names(first, name)
+            and declared_names(schema, name) == declared_names(first, name)
             for name in columns
         )
         if not same:
@@ -163,7 +163,7 @@ def _row_names(files: list[Path], counts: list[int]) -> list[str]:
 
 
 def _row_count(file: Path) -> int:
-    with _readable(file):
+    with readable(file):
         return int(pq.read_metadata(file).num_rows)
 
 
@@ -223,7 +223,7 @@ def _type_name(kind: pa.DataType) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def _declared_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
+def declared_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
     """Names of a `ClassLabel` in Hugging Face's schema metadata; None if there is none."""
     text = (schema.metadata or {}).get(b"huggingface")
     if text is None:
@@ -239,7 +239,7 @@ def _declared_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
 
 
 def _read_labels(file: Path, column: str) -> list[int | str | None]:
-    with _readable(file):
+    with readable(file):
         values: list[int | str | None] = pq.read_table(file, columns=[column])[column].to_pylist()
     return values
 
@@ -295,7 +295,7 @@ def _read_all(files: list[Path], column: str) -> Iterator[Encoded]:
 
 
 def _read_images(file: Path, column: str) -> Iterator[Encoded]:
-    with _readable(file), pq.ParquetFile(file) as table:
+    with readable(file), pq.ParquetFile(file) as table:
         for batch in table.iter_batches(ROWS_AT_ONCE, columns=[column]):
             images = batch.column(0)
             if pa.types.is_struct(images.type):

@@ -1,8 +1,8 @@
-"""Which images form train, validation, test and, if asked for, the unlabelled part.
+"""Which samples form train, validation, test and, if asked for, the unlabelled part.
 
-Test leaves train first, then validation, then the images whose labels are hidden. An image that
+Test leaves train first, then validation, then the samples whose labels are hidden. A sample that
 test or validation shares with what is trained on, with a label or without, is an error unless
-`data.allow_overlap`; an unlabelled image that is a training image, or repeats another unlabelled
+`data.allow_overlap`; an unlabelled sample that is a training sample, or repeats another unlabelled
 one, is dropped, because it would teach nothing new.
 """
 
@@ -32,7 +32,7 @@ class Part:
     """Rows of an ingested source that form one part."""
 
     of: Ingested
-    chosen: npt.NDArray[np.int64]  # positions among the source's usable images
+    chosen: npt.NDArray[np.int64]  # positions among the source's usable samples
     hidden: bool = False  # the source has labels, and this part must not show them
 
     def __len__(self) -> int:
@@ -88,7 +88,7 @@ def divide(
 
 
 def drop_known(unlabelled: Part, train: Part) -> tuple[Part, dict[str, int]]:
-    """The unlabelled images that are new, and how many were not, by reason.
+    """The unlabelled samples that are new, and how many were not, by reason.
 
     Raises:
         DataError: none is new.
@@ -108,15 +108,15 @@ def drop_known(unlabelled: Part, train: Part) -> tuple[Part, dict[str, int]]:
             new.append(position)
     if not new:
         raise DataError(
-            f"{unlabelled.of.source.where}: expected images that train lacks, got "
-            f"{len(unlabelled)} unlabelled images that are all in train; give others, or leave "
+            f"{unlabelled.of.source.where}: expected samples that train lacks, got "
+            f"{len(unlabelled)} unlabelled samples that are all in train; give others, or leave "
             "`data.unlabelled` out"
         )
     return replace(unlabelled, chosen=unlabelled.chosen[new]), dict(dropped)
 
 
 def count_overlap(parts: Mapping[str, Part], *, allowed: bool) -> dict[str, int]:
-    """How many images of the second part of each pair are in the first too.
+    """How many samples of the second part of each pair are in the first too.
 
     Raises:
         DataError: one is, and it is not allowed.
@@ -135,7 +135,7 @@ def count_overlap(parts: Mapping[str, Part], *, allowed: bool) -> dict[str, int]
             ]
             raise DataError(
                 f"{parts[second].of.source.where}: {count} of {len(parts[second])} {second} "
-                f"images are in {first} too ({'; '.join(examples)}), so {second} would measure "
+                f"samples are in {first} too ({'; '.join(examples)}), so {second} would measure "
                 "what was learnt by heart; remove them from one set, or accept it with "
                 "`data.allow_overlap: true` (the count goes into the report)"
             )

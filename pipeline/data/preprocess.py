@@ -1,4 +1,4 @@
-"""From a decoded image to the network's input; every stage goes through this one definition.
+"""From a decoded image to the network's input; `inputs.py` is what the stages call.
 
     grey or RGB, 8 bits → `channels` → `resize` → centre `crop` → x / max_value → (x - mean) / std
 
@@ -15,7 +15,7 @@ same filter at single points, as `interpolate(antialias=False)` does in torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -167,13 +167,11 @@ def preprocess_metadata(spec: PreprocessSpec) -> dict[str, Any]:
     }
 
 
-def describe(class_names: Sequence[str], spec: PreprocessSpec) -> dict[str, str]:
-    """What someone needs to run a file without us, as JSON for its metadata."""
+def metadata_entries(class_names: Sequence[str], preparation: Mapping[str, Any]) -> dict[str, str]:
+    """Class names and preparation of an input, as entries of a file's metadata."""
     return {
         "edgestill.class_names": json.dumps(list(class_names), ensure_ascii=False),
-        "edgestill.preprocess": json.dumps(
-            preprocess_metadata(spec), sort_keys=True, ensure_ascii=False
-        ),
+        "edgestill.preprocess": json.dumps(preparation, sort_keys=True, ensure_ascii=False),
     }
 
 

@@ -105,7 +105,7 @@ def _open_digits() -> Source:
         class_names=tuple(str(name) for name in bunch.target_names),
         numbered=False,
         names=[f"digits {index}" for index in range(len(pixels))],
-        images=lambda: iter(pixels),
+        contents=lambda: iter(pixels),
         max_value=16.0,
     )
 
@@ -125,7 +125,7 @@ def _open_unlabelled(spec: UnlabelledSpec) -> Source:
         class_names=(),
         numbered=False,
         names=[file.relative_to(path).as_posix() for file in files],
-        images=lambda: iter(files),
+        contents=lambda: iter(files),
         ignored=ignored,
         labelled=False,
     )
@@ -158,7 +158,7 @@ def _open_folder(root: Path) -> Source:
         class_names=class_names,
         numbered=False,
         names=[file.relative_to(root).as_posix() for file in files],
-        images=images,
+        contents=images,
         ignored=ignored,
     )
 

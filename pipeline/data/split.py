@@ -1,8 +1,8 @@
-"""Parts of a set, stratified and seeded, by the content of the images rather than their place.
+"""Parts of a set, stratified and seeded, by the content of the samples rather than their place.
 
-Within a class the distinct images are ordered by a keyed hash (BLAKE2b) of their content, and the
-first ones form the part. So the same image always lands on one side however often and under
-whatever name it occurs, and images added elsewhere move an old one only at the border.
+Within a class the distinct samples are ordered by a keyed hash (BLAKE2b) of their content, and the
+first ones form the part. So the same sample always lands on one side however often and under
+whatever name it occurs, and samples added elsewhere move an old one only at the border.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Indices = npt.NDArray[np.int64]
 
 
 def keyed_order(digests: Digests, *, seed: int, purpose: str) -> Indices:
-    """Indices that put the images in the order of hash(seed, purpose; content); stable for twins.
+    """Indices that put the samples in the order of hash(seed, purpose; content); stable for twins.
 
     Args:
         digests: (N, 16) content hashes.
@@ -47,9 +47,9 @@ def split_part(
     class_names: tuple[str, ...],
     leave: int = 1,
 ) -> npt.NDArray[np.bool_]:
-    """Which images go to `part`: about `fraction` of the distinct images of each class.
+    """Which samples go to `part`: about `fraction` of the distinct samples of each class.
 
-    Each class gives at least one distinct image and keeps at least `leave`. An image that occurs
+    Each class gives at least one distinct sample and keeps at least `leave`. A sample that occurs
     under two labels is counted with the smaller one.
 
     Returns:
@@ -73,7 +73,7 @@ def split_part(
 
 
 def calibration_indices(digests: Digests, labels: Labels, count: int, *, seed: int) -> Indices:
-    """min(count, N) images, each class by its share of the set as far as whole images allow.
+    """min(count, N) samples, each class by its share of the set as far as whole samples allow.
 
     The order is random (keyed), so that any prefix is a fair sample too.
 
@@ -97,7 +97,7 @@ def calibration_indices(digests: Digests, labels: Labels, count: int, *, seed: i
 
 
 def _distinct(digests: Digests) -> tuple[Indices, Indices]:
-    """(first index of each distinct content, the content's number for every image)."""
+    """(first index of each distinct content, the content's number for every sample)."""
     keys = np.ascontiguousarray(digests).view("V16").ravel()
     _, first, group = np.unique(keys, return_index=True, return_inverse=True)
     return first.astype(np.int64), group.astype(np.int64).ravel()
@@ -114,12 +114,12 @@ def _check_both_sides(
     inside = np.bincount(labels[chosen], minlength=len(class_names))
     outside = np.bincount(labels[~chosen], minlength=len(class_names))
     short = [
-        f"{name} ({inside[label] + outside[label]} images)"
+        f"{name} ({inside[label] + outside[label]} samples)"
         for label, name in enumerate(class_names)
         if inside[label] == 0 or outside[label] == 0
     ]
     if short:
         raise DataError(
-            f"data.{part}: a class needs at least {needed} distinct images to be in every part, "
-            f"which these lack: {listing(short)}; add images, or give {part} as a set of its own"
+            f"data.{part}: a class needs at least {needed} distinct samples to be in every part, "
+            f"which these lack: {listing(short)}; add samples, or give {part} as a set of its own"
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from edgestill.pipeline.data import counter
 from edgestill.pipeline.data.augment import MixPlan, ViewBatch, Views, mix_plan, render
-from edgestill.pipeline.data.dataset import ImageSet
+from edgestill.pipeline.data.dataset import SampleSet
 from edgestill.pipeline.data.preprocess import to_input
 from edgestill.pipeline.errors import DataError
 from edgestill.pipeline.recipe import PreprocessSpec
@@ -27,10 +27,10 @@ EVERYTHING: list[dict[str, Any]] = [
 ]
 
 
-def image_set(count: int = COUNT, side: int = SIDE) -> ImageSet:
+def image_set(count: int = COUNT, side: int = SIDE) -> SampleSet:
     generator = np.random.default_rng(0)
-    return ImageSet(
-        images=generator.integers(0, 256, (count, side, side, 3), dtype=np.uint8),
+    return SampleSet(
+        contents=generator.integers(0, 256, (count, side, side, 3), dtype=np.uint8),
         labels=np.arange(count) % 3,
         ids=generator.integers(-(2**63), 2**63 - 1, count),
         hashes=np.array([f"{index:032x}" for index in range(count)]),
@@ -38,7 +38,7 @@ def image_set(count: int = COUNT, side: int = SIDE) -> ImageSet:
     )
 
 
-def views_of(options: dict[str, Any], split: ImageSet | None = None, seed: int = 0) -> Views:
+def views_of(options: dict[str, Any], split: SampleSet | None = None, seed: int = 0) -> Views:
     return Views(split or image_set(), PREPROCESS, AugmentSpec(**options), seed, "cpu")
 
 
@@ -81,9 +81,9 @@ def test_view_number_and_seed_change_the_view(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", EVERYTHING)
 def test_memory_mapped_set_gives_the_same_views(options: dict[str, Any], tmp_path: Any) -> None:
     split = image_set()
-    np.save(tmp_path / "images.npy", split.images)
-    mapped = ImageSet(
-        images=np.load(tmp_path / "images.npy", mmap_mode="r"),
+    np.save(tmp_path / "images.npy", split.contents)
+    mapped = SampleSet(
+        contents=np.load(tmp_path / "images.npy", mmap_mode="r"),
         labels=split.labels,
         ids=split.ids,
         hashes=split.hashes,
@@ -98,7 +98,7 @@ def test_memory_mapped_set_gives_the_same_views(options: dict[str, Any], tmp_pat
 def test_view_without_augmentation_is_the_evaluation_input() -> None:
     split = image_set()
     batch = views_of({"crop": "none"}, split).batch(torch.arange(COUNT), view=5)
-    assert np.array_equal(batch.inputs.numpy(), to_input(split.images, PREPROCESS))
+    assert np.array_equal(batch.inputs.numpy(), to_input(split.contents, PREPROCESS))
     assert batch.inputs.is_contiguous(memory_format=torch.channels_last)
     assert batch.labels.tolist() == split.labels.tolist()
     assert batch.partner_labels is None
@@ -106,7 +106,7 @@ def test_view_without_augmentation_is_the_evaluation_input() -> None:
 
 
 def test_pad_crop_is_a_window_of_the_reflected_image_or_of_its_mirror() -> None:
-    images = torch.from_numpy(image_set(60, 8).images)
+    images = torch.from_numpy(image_set(60, 8).contents)
     found = rendered(images, (8, 8), pad=2, flip=True)
     padded = np.pad(images.numpy(), ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
     seen = set()
@@ -159,7 +159,7 @@ def test_resized_crop_of_a_flat_image_is_flat() -> None:
 
 
 def test_erasing_fills_a_rectangle_with_the_mean_colour_of_the_view() -> None:
-    images = torch.from_numpy(image_set(200, 16).images)
+    images = torch.from_numpy(image_set(200, 16).contents)
     found = rendered(images, (16, 16), crop="none", erase=0.5)
     changed = (found != images).any(-1)
     hit = changed.flatten(1).any(1)

@@ -36,7 +36,7 @@ def fingerprint_of(path: Path | str) -> str:
 
 def test_digits_are_raw_values_up_to_16() -> None:
     source = read("digits")
-    images = np.stack(list(source.images()))
+    images = np.stack(list(source.contents()))
     assert images.shape == (1797, 8, 8)
     assert (images.dtype, images.max(), source.max_value) == (np.uint8, 16, 16)
     assert source.class_names == tuple("0123456789")
@@ -90,7 +90,7 @@ def test_parquet_takes_class_names_from_hugging_face_metadata(
     assert source.class_names == ("cat", "ant")
     assert source.labels.tolist() == [1, 0, 1]
     assert not source.numbered
-    assert list(source.images())[2] == make.png(make.picture(2))
+    assert list(source.contents())[2] == make.png(make.picture(2))
     assert source.names[2] == "set.parquet row 2"
 
 
@@ -109,7 +109,7 @@ def test_string_labels_are_classes_in_sorted_order(tmp_path: Path, make: SimpleN
     source = read(make.parquet(tmp_path / "set.parquet", {"picture_of": raw, "kind": words}))
     assert source.class_names == ("ant", "dog")
     assert source.labels.tolist() == [1, 0, -1]
-    assert list(source.images()) == raw
+    assert list(source.contents()) == raw
 
 
 def test_shards_of_a_folder_are_read_in_order_of_name(
@@ -120,7 +120,7 @@ def test_shards_of_a_folder_are_read_in_order_of_name(
             tmp_path / "set" / f"train-0000{shard}-of-00002.parquet",
             {"image": make.structs(range(2 * shard, 2 * shard + 2)), "label": [0, 1]},
         )
-    assert list(read(tmp_path / "set").images()) == [
+    assert list(read(tmp_path / "set").contents()) == [
         make.png(make.picture(number)) for number in range(4)
     ]
 

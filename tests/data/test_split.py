@@ -52,14 +52,14 @@ def test_added_images_move_old_ones_only_at_the_border() -> None:
 
 def test_class_too_small_for_both_sides_is_an_error_naming_it() -> None:
     labels = np.array([0, 0, 0, 1, 1, 1, 2])
-    with pytest.raises(DataError, match=r"data\.test: .*c \(1 images\)"):
+    with pytest.raises(DataError, match=r"data\.test: .*c \(1 samples\)"):
         split(contents(7), labels)
 
 
 def test_a_class_of_copies_counts_as_one_image() -> None:
     digests, labels = contents(9), np.repeat([0, 1, 2], 3)
     digests[6:] = digests[6]
-    with pytest.raises(DataError, match=r"c \(3 images\)"):
+    with pytest.raises(DataError, match=r"c \(3 samples\)"):
         split(digests, labels)
 
 
@@ -88,5 +88,5 @@ def test_room_is_left_for_the_split_that_follows() -> None:
     labels = np.repeat([0, 1, 2], 3)
     taken = split_part(contents(9), labels, 0.9, seed=0, part="test", class_names=NAMES, leave=2)
     assert np.bincount(labels[taken]).tolist() == [1, 1, 1]
-    with pytest.raises(DataError, match=r"needs at least 4 .* a \(3 images\)"):
+    with pytest.raises(DataError, match=r"needs at least 4 .* a \(3 samples\)"):
         split_part(contents(9), labels, 0.9, seed=0, part="test", class_names=NAMES, leave=3)

@@ -47,7 +47,7 @@ def test_every_image_is_in_exactly_one_part_with_its_label(prepare: Prepare, pho
     assert len(found) == len(set(found)) == 30
     assert all(data.class_names[label] == name.split("/")[0] for name, label in found)
     assert [len(part) for part in (data.train, data.validation, data.test)] == [18, 6, 6]
-    for name, image in zip(data.train.names, data.train.images, strict=True):
+    for name, image in zip(data.train.names, data.train.contents, strict=True):
         assert np.array_equal(image, np.asarray(Image.open(photos / name)))
 
 
@@ -67,9 +67,9 @@ def test_same_inputs_give_the_same_bytes_whatever_the_threads(
 def test_mapped_and_resident_sets_are_equal(prepare: Prepare, photos: Path) -> None:
     resident = prepare(train=photos, test=HALF)
     mapped = open_data(resident.folder, memory_budget_bytes=0)
-    assert isinstance(mapped.train.images, np.memmap)
-    assert not isinstance(resident.data.train.images, np.memmap)
-    assert np.array_equal(mapped.train.images, resident.data.train.images)
+    assert isinstance(mapped.train.contents, np.memmap)
+    assert not isinstance(resident.data.train.contents, np.memmap)
+    assert np.array_equal(mapped.train.contents, resident.data.train.contents)
     assert mapped.train.hashes.tolist() == resident.data.train.hashes.tolist()
 
 
@@ -85,7 +85,7 @@ def test_digits_by_default_are_grey_with_white_16_and_normalised(prepare: Prepar
     assert data.input_shape == (1, 8, 8)
     assert data.preprocess.channels == "gray"
     assert data.preprocess.max_value == 16
-    pixels = data.train.images / 16
+    pixels = data.train.contents / 16
     assert data.preprocess.mean == (pytest.approx(pixels.mean(), abs=6e-5),)
     assert data.preprocess.std == (pytest.approx(pixels.std(), abs=6e-5),)
     assert len(data.calibration) == 512
@@ -93,8 +93,8 @@ def test_digits_by_default_are_grey_with_white_16_and_normalised(prepare: Prepar
 
 def test_statistics_are_of_the_cropped_training_images(prepare: Prepare, photos: Path) -> None:
     data = prepare(train=photos, test=HALF, preprocess={"resize": 10, "crop": 6}).data
-    assert data.train.images.shape[1:] == (10, 10, 3)
-    seen = data.train.images[:, 2:8, 2:8] / 255
+    assert data.train.contents.shape[1:] == (10, 10, 3)
+    seen = data.train.contents[:, 2:8, 2:8] / 255
     assert data.preprocess.mean == pytest.approx(seen.mean((0, 1, 2)), abs=6e-5)
     assert data.preprocess.std == pytest.approx(seen.std((0, 1, 2)), abs=6e-5)
 
@@ -126,7 +126,7 @@ def test_sizes_that_differ_need_a_preprocess_and_one_is_proposed(
     assert "from 8×8 to 64×70" in message
     assert "data.preprocess: {resize: 8, crop: 8}" in message
     done = prepare(train=photos, test=HALF, preprocess={"resize": 8})
-    assert done.data.train.images.shape[1:] == (8, 8, 3)
+    assert done.data.train.contents.shape[1:] == (8, 8, 3)
     assert done.stats["native_sizes"]["distinct"] == 2
     assert prepare(train=photos, test=HALF, preprocess={"crop": 6}).data.input_shape == (3, 6, 6)
     assert "smaller than 9×9" in refused(prepare, train=photos, test=HALF, preprocess={"crop": 9})
@@ -164,7 +164,7 @@ def test_twins_and_label_noise_in_train_are_counted(prepare: Prepare, photos: Pa
         if "ant/x.png" in done.data.train.names:
             break
     assert done.stats["duplicates_in_train"] == 3
-    assert done.stats["images_with_two_labels_in_train"] == 1
+    assert done.stats["samples_with_two_labels_in_train"] == 1
     assert set(done.stats["overlap"].values()) == {0}
 
 
@@ -214,7 +214,7 @@ def test_class_too_small_to_split_is_named(
     prepare: Prepare, make: SimpleNamespace, tmp_path: Path
 ) -> None:
     root = make.folder(tmp_path / "set", {"many": 9, "rare": 1})
-    assert "rare (1 images)" in refused(prepare, train=root, test=HALF)
+    assert "rare (1 samples)" in refused(prepare, train=root, test=HALF)
 
 
 def test_test_set_with_other_classes_is_an_error_listing_both(
@@ -270,9 +270,9 @@ def test_number_without_a_class_is_an_error_and_absent_classes_are_noted(
     )
     done = prepare(train=train, test=held("part.parquet", 60, [0, 1, 0]))
     assert done.stats["absent_classes"] == {"test": ["2"]}
-    assert "test: holds no image of 1 classes (2)" in done.notes[0]
+    assert "test: holds no sample of 1 classes (2)" in done.notes[0]
     gap = held("gap.parquet", 80, [0, 2] * 4)
-    assert "no training image of the classes 1" in refused(prepare, train=gap, test=HALF)
+    assert "no training sample of the classes 1" in refused(prepare, train=gap, test=HALF)
 
 
 def test_damaged_result_is_an_integrity_failure(prepare: Prepare, photos: Path) -> None:

@@ -68,7 +68,7 @@ def test_images_anywhere_below_a_folder_are_read_in_order_of_name(pool: Path) ->
     assert source.names == [
         "a.png", "ant/0.png", "test/3.png", "train/2.png", "wasp/deep/1.png", "z.png",
     ]  # fmt: skip
-    assert list(source.images()) == [pool / name for name in source.names]
+    assert list(source.contents()) == [pool / name for name in source.names]
     assert set(source.labels.tolist()) == {-1}
     assert source.ignored == 2
 
@@ -82,7 +82,7 @@ def test_parquet_needs_no_labels_and_ignores_those_it_has(
     source = open_source(UnlabelledSpec(path=str(path)))
     assert source.labels.tolist() == [-1, -1, -1]
     assert source.names == [f"set.parquet row {row}" for row in range(3)]
-    assert list(source.images()) == [make.png(make.picture(number)) for number in range(3)]
+    assert list(source.contents()) == [make.png(make.picture(number)) for number in range(3)]
 
 
 def test_image_column_of_a_parquet_is_the_one_asked_for(
@@ -91,7 +91,7 @@ def test_image_column_of_a_parquet_is_the_one_asked_for(
     columns = {"left": make.structs(range(2)), "right": make.structs(range(2, 4))}
     path = make.parquet(tmp_path / "set.parquet", columns)
     source = open_source(UnlabelledSpec(path=str(path), image="right"))
-    assert next(source.images()) == make.png(make.picture(2))
+    assert next(source.contents()) == make.png(make.picture(2))
 
 
 def test_digits_can_be_read_without_their_labels() -> None:
@@ -112,23 +112,23 @@ def test_set_of_its_own_becomes_a_fourth_part_and_changes_no_other(
     assert more.names == sorted(more.names)
     assert len(more) == len(more.ids) == len(more.hashes) == 6
     assert more.labels.tolist() == [-1] * 6
-    for name, image in zip(more.names, more.images, strict=True):
+    for name, image in zip(more.names, more.contents, strict=True):
         assert np.array_equal(image, pixels(pool / name))
     assert done.stats["counts"]["unlabelled"] == 6
     assert done.stats["counts"].items() > without.stats["counts"].items()
     assert done.notes == [
-        "unlabelled: 6 images are learnt from without labels, beside "
+        "unlabelled: 6 samples are learnt from without labels, beside "
         f"{len(done.data.train)} with labels"
     ]
     before, after = stored(without.folder), stored(done.folder)
     new = {"unlabelled.labels.npy", "unlabelled.hashes.npy", "unlabelled.names.json"}
     assert set(after) - set(before) == new
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"data.json", "train.images.npy"}
-    assert np.array_equal(done.data.train.images, without.data.train.images)
+    assert changed == {"data.json", "train.contents.npy"}
+    assert np.array_equal(done.data.train.contents, without.data.train.contents)
     assert done.data.preprocess == without.data.preprocess
     assert done.data.calibration.tolist() == without.data.calibration.tolist()
-    assert done.stats["images_digest"] != without.stats["images_digest"]
+    assert done.stats["contents_digest"] != without.stats["contents_digest"]
 
 
 def test_fraction_hides_labels_of_train_and_leaves_test_and_validation_alone(
@@ -180,7 +180,7 @@ def test_calibration_is_of_the_labelled_train_and_takes_all_if_it_asks_for_more(
 
 def test_statistics_are_of_the_labelled_images_alone(prepare: Prepare, photos: Path) -> None:
     data = prepare(train=photos, test=HALF, unlabelled=HALF).data
-    seen = data.train.images / 255
+    seen = data.train.contents / 255
     assert data.preprocess.mean == pytest.approx(seen.mean((0, 1, 2)), abs=6e-5)
     assert data.preprocess.std == pytest.approx(seen.std((0, 1, 2)), abs=6e-5)
 
@@ -192,7 +192,7 @@ def test_colour_of_unlabelled_images_does_not_change_what_the_network_takes(
     data = prepare(train=grey, test=HALF, unlabelled=pool).data
     assert data.input_shape == (1, 8, 8)
     expected = np.asarray(Image.open(pool / "a.png").convert("L"))
-    assert np.array_equal(data.unlabelled.images[0, ..., 0], expected)
+    assert np.array_equal(data.unlabelled.contents[0, ..., 0], expected)
 
 
 @pytest.mark.parametrize("unlabelled", ["pool", "fraction"])
@@ -220,7 +220,7 @@ def test_recipe_without_unlabelled_gives_the_bytes_it_always_gave(tmp_path: Path
     (tmp_path / "out").mkdir()
     prepare_data(spec, context=Context(0, 1, "cpu", tmp_path / "out", Silent()))
     assert tree_sha256(tmp_path / "out") == (
-        "2c0a343e175611a61c818d1f8740c8e9d4b430bf92f467ad1ec4402621fa9a29"
+        "27aef6ae8148f8261dbbcef987e72e3f3caecbd61dbe9d050c0a1aff4de76816"
     )
     assert source_fingerprint(spec) == (
         "50eb69bbaeea3f1892786a532e9f9f03cc172e19ce72f048f4b344db7d97a6c0"
@@ -244,11 +244,11 @@ def test_unlabelled_images_are_turned_and_resized_exactly_as_train(
     options = {"train": photos, "test": photos, "validation": 0.1, "allow_overlap": True}
     preprocess = {"resize": 10, "crop": 6}
     seen = prepare(**options, preprocess=preprocess).data.test
-    expected = [seen.images[seen.names.index(n)] for n in ("ant/wide.png", "bee/tall.png")]
+    expected = [seen.contents[seen.names.index(n)] for n in ("ant/wide.png", "bee/tall.png")]
     (photos / "ant" / "wide.png").unlink()  # so that the two of the pool are new
     (photos / "bee" / "tall.png").unlink()
     got = prepare(**options, preprocess=preprocess, unlabelled=tmp_path / "pool").data.unlabelled
-    assert np.array_equal(got.images, np.stack(expected))
+    assert np.array_equal(got.contents, np.stack(expected))
 
 
 def test_sizes_that_differ_need_a_preprocess(
@@ -259,7 +259,7 @@ def test_sizes_that_differ_need_a_preprocess(
     assert str(pool) in message
     assert "from 8×8 to 64×70" in message
     done = prepare(train=photos, test=HALF, unlabelled=pool, preprocess={"resize": 8})
-    assert done.data.unlabelled.images.shape == (7, 8, 8, 3)
+    assert done.data.unlabelled.contents.shape == (7, 8, 8, 3)
 
 
 def test_corrupt_unlabelled_image_is_an_error_naming_it_or_skipped_and_counted(
@@ -288,7 +288,7 @@ def test_unlabelled_image_of_test_or_validation_is_an_error_unless_allowed(
     options = {"train": photos, "test": HALF, part: held, "unlabelled": pool}
     message = refused(prepare, **options)
     assert message.startswith(str(held))
-    assert f"1 of 6 {part} images are in unlabelled too (bee/002.png = copy.bmp)" in message
+    assert f"1 of 6 {part} samples are in unlabelled too (bee/002.png = copy.bmp)" in message
     assert "data.allow_overlap" in message
     done = prepare(**options, allow_overlap=True)
     assert done.stats["overlap"][f"unlabelled_{part}"] == 1
@@ -298,7 +298,7 @@ def test_unlabelled_image_of_test_or_validation_is_an_error_unless_allowed(
 
 def test_overlap_with_a_part_split_from_train_is_found_too(prepare: Prepare, photos: Path) -> None:
     message = refused(prepare, train=photos, test=HALF, unlabelled=photos)
-    assert "images are in unlabelled too" in message
+    assert "samples are in unlabelled too" in message
 
 
 def test_images_of_train_and_repeated_ones_are_dropped_noted_and_counted(
@@ -314,8 +314,8 @@ def test_images_of_train_and_repeated_ones_are_dropped_noted_and_counted(
     assert done.stats["unlabelled_dropped"] == {"in_train": 2, "repeated": 3}
     assert done.stats["counts"]["unlabelled"] == 6
     assert done.notes == [
-        "unlabelled: 6 images are learnt from without labels, beside 30 with labels; 5 were "
-        "dropped (2 are training images, 3 repeat another)"
+        "unlabelled: 6 samples are learnt from without labels, beside 30 with labels; 5 were "
+        "dropped (2 are training samples, 3 repeat another)"
     ]
     assert set(done.data.unlabelled.hashes).isdisjoint(done.data.train.hashes)
     assert len(set(done.data.unlabelled.hashes)) == 6
@@ -345,7 +345,7 @@ def test_nothing_new_is_an_error(prepare: Prepare, photos: Path, tmp_path: Path)
     Image.open(photos / "ant" / "000.png").save(tmp_path / "pool" / "copy.bmp")
     options = {"train": photos, "test": photos, "validation": photos, "allow_overlap": True}
     message = refused(prepare, **options, unlabelled=tmp_path / "pool")
-    assert message.startswith(f"{tmp_path / 'pool'}: expected images that train lacks, got 1 ")
+    assert message.startswith(f"{tmp_path / 'pool'}: expected samples that train lacks, got 1 ")
     assert "leave `data.unlabelled` out" in message
 
 
@@ -363,16 +363,16 @@ def test_with_unlabelled_is_train_then_unlabelled_resident_or_mapped(
         joined = with_unlabelled(data)
         n = len(data.train)
         assert len(joined) == n + len(data.unlabelled)
-        for field in ("images", "labels", "ids", "hashes", "names"):
+        for field in ("contents", "labels", "ids", "hashes", "names"):
             whole = getattr(joined, field)
             assert np.array_equal(whole[:n], getattr(data.train, field))
             assert np.array_equal(whole[n:], getattr(data.unlabelled, field))
-        assert np.shares_memory(joined.images, data.train.images)
-        assert np.shares_memory(joined.images, data.unlabelled.images)
-    for images in (joined.images, mapped.train.images, mapped.unlabelled.images):
+        assert np.shares_memory(joined.contents, data.train.contents)
+        assert np.shares_memory(joined.contents, data.unlabelled.contents)
+    for images in (joined.contents, mapped.train.contents, mapped.unlabelled.contents):
         assert isinstance(images, np.memmap)
-    assert not isinstance(resident.data.unlabelled.images, np.memmap)
-    assert np.array_equal(with_unlabelled(resident.data).images, joined.images)
+    assert not isinstance(resident.data.unlabelled.contents, np.memmap)
+    assert np.array_equal(with_unlabelled(resident.data).contents, joined.contents)
 
 
 def test_with_unlabelled_is_train_itself_where_there_is_nothing_more(
@@ -387,12 +387,12 @@ def test_memory_budget_counts_the_unlabelled_images(
     prepare: Prepare, photos: Path, pool: Path
 ) -> None:
     folder = prepare(train=photos, test=HALF, unlabelled=pool).folder
-    size = sum(path.stat().st_size for path in folder.glob("*.images.npy"))
+    size = sum(path.stat().st_size for path in folder.glob("*.contents.npy"))
     assert size > 36 * 8 * 8 * 3
     fits = open_data(folder, memory_budget_bytes=size)
-    assert not isinstance(with_unlabelled(fits).images, np.memmap)
+    assert not isinstance(with_unlabelled(fits).contents, np.memmap)
     exceeds = open_data(folder, memory_budget_bytes=size - 1)
-    assert isinstance(with_unlabelled(exceeds).images, np.memmap)
+    assert isinstance(with_unlabelled(exceeds).contents, np.memmap)
 
 
 def test_lost_or_damaged_unlabelled_file_is_an_integrity_failure(
@@ -472,7 +472,7 @@ def test_class_too_small_to_hide_some_of_it_is_named(
     root = make.folder(tmp_path / "set", {"many": 9, "rare": 3})
     message = refused(prepare, train=root, test={"fraction": 0.2}, unlabelled=HALF)
     assert message.startswith("data.unlabelled: ")
-    assert "rare (1 images)" in message
+    assert "rare (1 samples)" in message
 
 
 # The recipe
