@@ -7,6 +7,14 @@ tuned KD matches them at ImageNet's scale):
   does, whatever the teacher.
 * `quality`: the teacher runs beside the student, and ReviewKD compares their stages as well.
 * `auto` is `fast`.
+
+Texts:
+
+* `fast`: probability distillation, KD at temperature 2 with 0.1 of cross-entropy (TextBrewer's
+  advice, Yang et al. 2020), from soft labels stored once.
+* `quality`: the teacher runs beside the student, and the attention relations of one layer are
+  compared as well, queries, keys and values each with weight 1 (MiniLMv2, Wang et al. 2021).
+* `auto` is `fast`.
 """
 
 from __future__ import annotations
@@ -19,6 +27,7 @@ from .training_spec import (
     HardSpec,
     KdSpec,
     Objective,
+    RelationsSpec,
     ReviewSpec,
     Target,
 )
@@ -26,6 +35,7 @@ from .training_spec import (
 # Weight of KD on standardized logits: the authors' 9 at temperature 2 with 0.1 of cross-entropy.
 STANDARDIZED = KdSpec(weight=9.0, temperature=2.0, standardize=True)
 HARD = HardSpec(weight=0.1)
+TEXT: tuple[Objective, ...] = (KdSpec(weight=0.9, temperature=2.0), HARD)
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,7 @@ class Plan:
         return tuple(term for term in self.objectives if isinstance(term, FeatureSpec))
 
 
-def choose(spec: DistillSpec) -> Plan:
+def choose(spec: DistillSpec, *, is_text: bool = False) -> Plan:
     """Fill in `objectives` and `target`. Terms of weight 0 are left out."""
     if spec.objectives is not None:
         kept = tuple(term for term in spec.objectives if term.weight > 0)
@@ -52,14 +62,21 @@ def choose(spec: DistillSpec) -> Plan:
         own = OWN[spec.target]
         why = f"{_names(own)} from {SAID[spec.target]}: the published weights of that method"
         return Plan(own, spec.target, why)
+    base: tuple[Objective, ...]
+    more: Objective
+    if is_text:
+        base, more, what = TEXT, RelationsSpec(), "attention relations"
+    else:
+        base, more, what = (STANDARDIZED, HARD), ReviewSpec(), "stages"
     quality = spec.strategy == "quality"
-    objectives = (STANDARDIZED, HARD, ReviewSpec()) if quality else (STANDARDIZED, HARD)
+    objectives = (*base, more) if quality else base
     target = spec.target or ("live" if quality else "stored")
-    why = (
-        "`quality` compares stages too, which needs the teacher beside the student"
-        if quality
-        else f"`{spec.strategy}` for images is logits alone, which costs no more than labels do"
-    )
+    if quality:
+        why = f"`quality` compares {what} too, which needs the teacher beside the student"
+    elif is_text:
+        why = f"`{spec.strategy}` for texts is the teacher's probabilities"
+    else:
+        why = f"`{spec.strategy}` for images is logits alone, which costs no more than labels do"
     return Plan(objectives, target, f"{_names(objectives)} from {SAID[target]}: {why}")
 
 

@@ -153,8 +153,43 @@ class RkdSpec(FeatureSpec):
     angle: NotNegative = 50.0
 
 
+class TokenSpec(FeatureSpec):
+    """Base of the feature objectives of texts, on what an encoder computes for each token."""
+
+
+class HiddenSpec(TokenSpec):
+    """Mean squared error of hidden states through a learned matrix (TinyBERT, Jiao et al. 2020).
+
+    None: the embeddings, and the outputs of all layers, each with one of the teacher's.
+    """
+
+    name: Literal["hidden"] = "hidden"
+    weight: NotNegative = 1.0  # the paper's, of every layer
+
+
+class RelationsSpec(TokenSpec):
+    """How tokens relate by their queries, keys and values (MiniLMv2, Wang et al. 2021).
+
+    Layers are named as three projections in that order. None: the student's last layer, and an
+    upper one of the teacher.
+    """
+
+    name: Literal["relations"] = "relations"
+    weight: NotNegative = 1.0  # the paper's, of each of the three
+    heads: Size | None = None  # relation heads; None: as many as the teacher's layer attends with
+
+
 Objective = Annotated[
-    HardSpec | KdSpec | DkdSpec | DistSpec | HintSpec | AttentionSpec | ReviewSpec | RkdSpec,
+    HardSpec
+    | KdSpec
+    | DkdSpec
+    | DistSpec
+    | HintSpec
+    | AttentionSpec
+    | ReviewSpec
+    | RkdSpec
+    | HiddenSpec
+    | RelationsSpec,
     Field(discriminator="name"),
 ]
 

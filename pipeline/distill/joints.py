@@ -1,7 +1,8 @@
 """Which layers of student and teacher are compared, and what has to be learnt to compare them.
 
 Layers come from the recipe by name, or are the ends of the resolution stages, deepest with
-deepest. Every shape is found by one dry forward; what cannot be joined is said before training.
+deepest; of texts the layers of the encoders (`token_layers.py`). Every shape is found by one dry
+forward; what cannot be joined is said before training.
 """
 
 from __future__ import annotations
@@ -12,9 +13,18 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..errors import RecipeError
-from ..training_spec import FeatureSpec, HintSpec, ReviewSpec, RkdSpec
-from .parts import Projector, Review
+from ..training_spec import (
+    FeatureSpec,
+    HiddenSpec,
+    HintSpec,
+    RelationsSpec,
+    ReviewSpec,
+    RkdSpec,
+    TokenSpec,
+)
+from .parts import Projector, RelationHeads, Review, TokenProjector
 from .taps import Tapped, feature_shapes, find_taps, match_stages, stage_ends
+from .token_layers import relation_heads, token_layers
 
 Shape = tuple[int, ...]
 
@@ -41,7 +51,7 @@ class Joints:
     def pick(
         self, student: Sequence[Tensor], teachers: Sequence[Sequence[Tensor]]
     ) -> dict[str, tuple[list[Tensor], list[Tensor]]]:
-        """Objective name → its feature maps, of those that the taps gave."""
+        """Objective name → its features, of those that the taps gave."""
         return {
             joint.name: (
                 [student[index] for index in joint.student],
@@ -56,22 +66,28 @@ def join(
     student: nn.Module,
     teachers: Sequence[nn.Module],
     *,
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
 ) -> Joints:
     """Find the layers of every feature objective, and make the parts that join them.
 
     Parts are initialised from torch's global generator.
 
     Raises:
-        RecipeError: a name that matches nothing, lists of different lengths, or shapes that
-            cannot be compared. ModelError: a network has no stages to propose.
+        RecipeError: a name that matches nothing, lists of different lengths, shapes that cannot be
+            compared, or a text encoder whose layers are not found. ModelError: a network has no
+            stages to propose.
     """
     student_paths: list[str] = []
     teacher_paths: list[list[str]] = [[] for _ in teachers]
-    joints, parts = [], {}
+    joints: list[Joint] = []
+    parts: dict[str, nn.Module] = {}
+    part: nn.Module | None
     for term in terms:
         teacher, number = teachers[term.of - 1], term.of - 1
-        mine, theirs = _layers(term, student, teacher, input_shape)
+        if isinstance(term, TokenSpec):
+            mine, theirs = token_layers(term, student, teacher)
+        else:
+            mine, theirs = _layers(term, student, teacher, input_shape)
         joints.append(
             Joint(
                 _name(term),
@@ -81,7 +97,10 @@ def join(
             )
         )
         shapes = _shapes(student, mine, input_shape), _shapes(teacher, theirs, input_shape)
-        part = _part(term, *shapes)
+        if isinstance(term, TokenSpec):
+            part = _token_part(term, *shapes, teacher, theirs)
+        else:
+            part = _part(term, *shapes)
         if part is not None:
             parts[_name(term)] = part
     return Joints(
@@ -90,7 +109,7 @@ def join(
 
 
 def _layers(
-    term: FeatureSpec, student: nn.Module, teacher: nn.Module, input_shape: tuple[int, int, int]
+    term: FeatureSpec, student: nn.Module, teacher: nn.Module, input_shape: tuple[int, ...]
 ) -> tuple[list[str], list[str]]:
     where = f"distill.objectives.{_name(term)}"
     mine = (
@@ -143,7 +162,29 @@ def _part(term: FeatureSpec, student: list[Shape], teacher: list[Shape]) -> nn.M
     return None
 
 
-def _shapes(network: nn.Module, paths: list[str], input_shape: tuple[int, int, int]) -> list[Shape]:
+def _token_part(
+    term: TokenSpec,
+    student: list[Shape],
+    teacher: list[Shape],
+    network: nn.Module,
+    paths: Sequence[str],
+) -> nn.Module:
+    """`network`, `paths`: the teacher and its layers."""
+    where = f"distill.objectives.{_name(term)}"
+    for shape in (*student, *teacher):
+        if len(shape) != 2:
+            raise RecipeError(
+                f"{where}: expected layers that put out (N, S, D), a row a token, got "
+                f"(N, {', '.join(map(str, shape))}); name other layers"
+            )
+    if isinstance(term, HiddenSpec):
+        return TokenProjector([(m[1], t[1]) for m, t in zip(student, teacher, strict=True)])
+    assert isinstance(term, RelationsSpec)
+    widths = [shape[1] for shape in (*student, *teacher)]
+    return RelationHeads(relation_heads(term.heads, network, paths[0], widths=widths, where=where))
+
+
+def _shapes(network: nn.Module, paths: list[str], input_shape: tuple[int, ...]) -> list[Shape]:
     tapped = Tapped(network, paths)
     try:
         return feature_shapes(tapped, input_shape)

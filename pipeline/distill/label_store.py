@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from ...models.source import Network
-from ..data.augment import AUGMENT_VERSION, Views
+from ..data.augment import AUGMENT_VERSION
 from ..data.dataset import Data, with_unlabelled
-from ..data.preprocess import preprocess_metadata
+from ..data.inputs import input_metadata
+from ..data.views import AnyViews
 from ..errors import IntegrityError
 from ..measure.accuracy import run_module
 from ..stage import Context
@@ -84,7 +85,7 @@ def describe(
     header = {
         "format": FORMAT,
         "class_names": list(data.class_names),
-        "preprocess": preprocess_metadata(data.preprocess),
+        "preprocess": input_metadata(data.preprocess),
         "augment_version": AUGMENT_VERSION,
         "augment": spec.augment.model_dump(mode="json"),
         "seed": seed,
@@ -146,7 +147,7 @@ def open_store(folder: Path, header: Mapping[str, Any], *, validation: Array) ->
 def compare_live(
     store: LabelStore,
     network: Network,
-    views: Views,
+    views: AnyViews,
     *,
     precision: Precision,
     context: Context,
@@ -198,7 +199,7 @@ def network_sha256(folder: Path) -> str:
 
 def forward(
     network: Network,
-    views: Views,
+    views: AnyViews,
     indices: Tensor,
     *,
     view: int,

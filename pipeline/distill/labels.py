@@ -23,8 +23,8 @@ from torch import Tensor
 from ...exporters.reference import evaluating
 from ...models.source import Network
 from ...models.store import load_network
-from ..data.augment import Views
 from ..data.dataset import Data, open_data, with_unlabelled
+from ..data.views import AnyViews, open_views
 from ..errors import ModelError, WeightsError
 from ..measure.accuracy import logits_of_module
 from ..stage import Context
@@ -80,7 +80,7 @@ def store_labels(
     images = with_unlabelled(data)
     network = load_network(teacher_artifact).network
     module = network.module.to(context.device)
-    views = Views(images, data.preprocess, spec.augment, context.seed, context.device)
+    views = open_views(images, data.preprocess, spec.augment, context=context)
     before = digest(tensors_of(module))
     with reproducible(threads=context.threads, device=context.device), evaluating(module):
         precision, doubt = _label_precision(network, views, spec, context=context)
@@ -114,7 +114,7 @@ def store_labels(
         "bytes": size,
         "precision": asdict(precision),
         "bf16_against_fp32": doubt,
-        "images_per_second": made / seconds if made else None,
+        "samples_per_second": made / seconds if made else None,
         "live_check": live,
         # of the teacher, by the image's own label; mixed images have two, so it says less there
         "train_view_accuracy": float(np.mean(hits)),
@@ -133,7 +133,7 @@ def _validation_logits(network: Network, data: Data, *, context: Context) -> Arr
 
 
 def _label_precision(
-    network: Network, views: Views, spec: DistillSpec, *, context: Context
+    network: Network, views: AnyViews, spec: DistillSpec, *, context: Context
 ) -> tuple[Precision, dict[str, Any] | None]:
     """The precision to label in, and how far bf16 is from fp32 if there was a choice."""
     if not network.trainable:
@@ -181,7 +181,7 @@ def _take_up(context: Context, header: Mapping[str, Any]) -> int:
 
 def _label_views(
     network: Network,
-    views: Views,
+    views: AnyViews,
     header: Mapping[str, Any],
     *,
     precision: Precision,

@@ -15,7 +15,7 @@ from ...models.source import Network, open_network
 from ...models.store import count_parameters, save_network
 from ...models.weights import LoadReport, load_weights, read_state
 from ..data.dataset import Data
-from ..data.preprocess import preprocess_metadata
+from ..data.inputs import input_metadata
 from ..measure.accuracy import accuracy, confusion, logits_of_module, per_class_accuracy
 from ..recipe import NetworkSpec
 from ..stage import Context
@@ -42,15 +42,26 @@ def build(
         args=spec.args,
         classes=len(data.class_names),
         input_shape=data.input_shape,
+        keep_layers=spec.keep_layers,
+        kept_ids=data.kept_ids,
         seed=derive_seed(context.seed, where, "weights", *([generation] if generation > 1 else [])),
     )
-    return network, load_given(network.module, spec, data.class_names, where=where)
+    report = load_given(network.module, spec, data.class_names, where=where, kept_ids=data.kept_ids)
+    return network, report
 
 
 def load_given(
-    module: nn.Module, spec: NetworkSpec, class_names: Sequence[str], *, where: str
+    module: nn.Module,
+    spec: NetworkSpec,
+    class_names: Sequence[str],
+    *,
+    where: str,
+    kept_ids: Sequence[int] | None = None,
 ) -> LoadReport | None:
     """Loads the weights that the recipe gives, if any; those of a .pt2 are in it already.
+
+    Args:
+        kept_ids: as in `Data`.
 
     Raises:
         WeightsError: they cannot be read or do not fit.
@@ -59,11 +70,20 @@ def load_given(
         state = read_state(Path(spec.weights))
         return load_weights(module, state, head=spec.head, where=where)
     folder = find_folder(spec.model)
-    if folder is None or not folder.weights:
+    if folder is None or not spec.weight_files:
         return None
     from ...models.hf import load  # transformers is not needed elsewhere
 
-    return load(module, folder, head=spec.head, class_names=class_names, where=where)
+    return load(
+        module,
+        folder,
+        head=spec.head,
+        class_names=class_names,
+        where=where,
+        init=spec.init,
+        keep_layers=spec.keep_layers,
+        kept_ids=kept_ids,
+    )
 
 
 def measure_validation(
@@ -107,7 +127,7 @@ def save(network: Network, data: Data, *, context: Context, folder: str = ".") -
         classes=len(data.class_names),
         input_shape=data.input_shape,
         class_names=data.class_names,
-        preprocess=preprocess_metadata(data.preprocess),
+        preprocess=input_metadata(data.preprocess),
     )
 
 

@@ -92,6 +92,36 @@ class _Fusion(nn.Module):
         return self.leave(mine), mine
 
 
+class TokenProjector(nn.Module):
+    """Brings a student's hidden states to the teacher's widths: a matrix without bias, learnt even
+    where the widths are equal (W_h in TinyBERT, Jiao et al. 2020, §3.1). Layers of the same two
+    widths share it, as in the authors' code. Between equal widths it begins as the identity."""
+
+    def __init__(self, widths: Sequence[tuple[int, int]]) -> None:
+        """Args: width of the student's states and of the teacher's, a pair of layers."""
+        super().__init__()
+        self.names = [f"{inputs}_{outputs}" for inputs, outputs in widths]
+        self.matrices = nn.ModuleDict()
+        for name, (inputs, outputs) in dict(zip(self.names, widths, strict=True)).items():
+            matrix = nn.Linear(inputs, outputs, bias=False)
+            if inputs == outputs:
+                nn.init.eye_(matrix.weight)
+            self.matrices[name] = matrix
+
+    def forward(self, students: Sequence[Tensor]) -> list[Tensor]:
+        """(N, S, D) a layer → the same in the teacher's widths."""
+        pairs = zip(self.names, students, strict=True)
+        return [self.matrices[name](states) for name, states in pairs]
+
+
+class RelationHeads(nn.Module):
+    """How many relation heads queries, keys and values are split into. Nothing to learn."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+
 class CurriculumTemperature(nn.Module):
     """A temperature learnt against the student (CTKD, Li et al. 2023): T = start + span · σ(θ).
 

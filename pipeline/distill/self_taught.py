@@ -90,7 +90,7 @@ def with_exits(
     return Course(learner, task)
 
 
-def exit_stages(student: nn.Module, input_shape: tuple[int, int, int]) -> tuple[str, ...]:
+def exit_stages(student: nn.Module, input_shape: tuple[int, ...]) -> tuple[str, ...]:
     """The stages that get an exit, and the last, which teaches them.
 
     Raises:

@@ -69,7 +69,7 @@ def check_lessons(
     student: nn.Module,
     teachers: Sequence[nn.Module],
     *,
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
 ) -> None:
     """What can be known of a plan before hours of training: that its layers exist and fit.
 
@@ -167,7 +167,7 @@ def _distil(
     if data.unlabelled is not None:
         there = len(data.unlabelled)
         more["unlabelled"] = {"used": course.unlabelled, "given": there}
-        context.events.note(f"{course.unlabelled} of {there} unlabelled images were learnt from")
+        context.events.note(f"{course.unlabelled} of {there} unlabelled samples were learnt from")
     if joint is not None and context.world.leads:
         more["teacher"] = _keep_joint(joint, lessons, data=data, context=context)
     return result, more

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ...exporters.reference import evaluating
 from ...models.paths import matching, near, outermost
+from ..data.inputs import MASK
 from ..errors import ModelError, RecipeError
 
 
@@ -167,7 +168,7 @@ def feature_shapes(tapped: nn.Module, input_shape: Sequence[int]) -> list[tuple[
 
     Args:
         tapped: a `Tapped`, or a module that returns what one returns.
-        input_shape: (C, H, W).
+        input_shape: (C, H, W), or (K, S) of texts.
     Raises:
         ModelError: the network fails on this input, or a tap does.
     """
@@ -213,7 +214,15 @@ class _Tap:
 
     def __call__(self, _module: nn.Module, _args: Any, output: Any) -> None:
         if self.store.is_open:
+            output = _only_tensor(output)
             self.store.caught.setdefault(self.path, []).append((output, _version(output)))
+
+
+def _only_tensor(output: Any) -> Any:
+    """Layers of text encoders put out (states,) or (states, None): that is one tensor too."""
+    if isinstance(output, tuple) and output and all(more is None for more in output[1:]):
+        return output[0]
+    return output
 
 
 def _version(output: Any) -> int | None:
@@ -250,15 +259,20 @@ def _dry_run(module: nn.Module, input_shape: Sequence[int]) -> Any:
     """The module's output for two zero samples, where and in what precision its weights are."""
     tensors = itertools.chain(module.parameters(), module.buffers())
     like = next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
-    zeros = torch.zeros(2, *input_shape, device=like.device, dtype=like.dtype)
+    is_text = len(input_shape) == 2
+    inputs = torch.zeros(
+        2, *input_shape, device=like.device, dtype=torch.int64 if is_text else like.dtype
+    )
+    if is_text:
+        inputs[:, MASK] = 1  # every token is real
     try:
         with torch.no_grad(), evaluating(module):
-            return module(zeros)
+            return module(inputs)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         said = " ".join(str(error).split())[:300]
         raise ModelError(
             f"{type(module).__name__} fails on an input of shape {tuple(input_shape)}: {said}; "
-            "check data.preprocess and the network's input size"
+            "check data.preprocess (of texts data.tokenize) and the network's input size"
         ) from error
 
 

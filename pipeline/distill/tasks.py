@@ -1,4 +1,4 @@
-"""What an image classifier is trained on: true labels, or the answers of a target beside them.
+"""What a classifier is trained on: true labels, or the answers of a target beside them.
 
 Joins data (views), targets and objectives into the `Task` that `train/loop.py` runs. Here the
 target is stored logits or live teachers; a student that teaches itself, or learns with others, is
@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.augment import ViewBatch, Views
-from ..data.dataset import Data, ImageSet, with_unlabelled
+from ..data.augment import ViewBatch
+from ..data.dataset import Data, SampleSet, with_unlabelled
+from ..data.views import lengths_of, open_views
 from ..measure.accuracy import accuracy, logits_of_module
 from ..stage import Context
 from ..strategy import Plan
 from ..train.task import Task
-from ..training_spec import AugmentSpec, DistillSpec, RkdSpec, TrainSpec
+from ..training_spec import DistillSpec, RkdSpec, TrainSpec
 from .balance import Balance
 from .joints import join
 from .label_store import LabelStore
@@ -61,14 +62,9 @@ class Course:
     unlabelled: int = 0
 
 
-def open_views(images: ImageSet, data: Data, augment: AugmentSpec, *, context: Context) -> Views:
-    """Replayable views; a teacher's labels and the student see the same."""
-    return Views(images, data.preprocess, augment, context.seed, context.device)
-
-
 def supervised(data: Data, spec: TrainSpec, *, context: Context) -> Task[ViewBatch]:
     """Cross-entropy with the true labels; every epoch sees a view of its own."""
-    views = open_views(data.train, data, spec.augment, context=context)
+    views = open_views(data.train, data.preprocess, spec.augment, context=context)
 
     def terms(module: nn.Module, batch: ViewBatch) -> Mapping[str, Tensor]:
         return {"hard": hard_term(module(batch.inputs), batch, smoothing=spec.label_smoothing)}
@@ -79,6 +75,7 @@ def supervised(data: Data, spec: TrainSpec, *, context: Context) -> Task[ViewBat
         terms=terms,
         weights={"hard": 1.0},
         validate=_validation(data, lambda module: module, None, context=context),
+        lengths=lengths_of(views),
     )
 
 
@@ -105,7 +102,7 @@ def taught(
     learner = Learner(student, taps=joints.student_paths, parts=parts)
     watched = [Tapped(net, p) for net, p in zip(teachers, joints.teacher_paths, strict=False)]
     images = with_unlabelled(data)
-    views = open_views(images, data, spec.augment, context=context)
+    views = open_views(images, data.preprocess, spec.augment, context=context)
     rows = _rows(images, spec, stores)
     repeat = min((store.views for store in stores), default=spec.epochs)
 
@@ -135,6 +132,7 @@ def taught(
         spec,
         samples=len(rows),
         load=load,
+        lengths=lengths_of(views, rows),
         terms=terms,
         reference=_reference(data, spec, stores, teachers, context=context),
         context=context,
@@ -153,6 +151,7 @@ def learner_task(
     context: Context,
     samples: int | None = None,
     load: Callable[[Tensor, int], Lesson] | None = None,
+    lengths: Tensor | None = None,
     groups: Sequence[str] = ("",),
     alone: Sequence[str] = (),
     reference: Array | None = None,
@@ -175,7 +174,9 @@ def learner_task(
         return {name: at.get(name.rpartition(".")[2], 1.0) for name in weights}
 
     if load is None:
-        views = open_views(data.train, data, spec.augment, context=context)
+        views = open_views(data.train, data.preprocess, spec.augment, context=context)
+
+        lengths = lengths_of(views)
 
         def load(indices: Tensor, epoch: int) -> Lesson:
             return Lesson(views.batch(indices, view=epoch), epoch)
@@ -192,6 +193,7 @@ def learner_task(
         balance=_balance if spec.balance else None,
         after_step=after_step,
         networks=_networks_of,
+        lengths=lengths,
         least=3 if any(isinstance(term, RkdSpec) for term in plan.objectives) else 1,  # a triple
     )
 
@@ -216,7 +218,7 @@ def parts_of(module: Learner) -> Mapping[str, nn.Module]:
     return module.parts  # type: ignore[return-value]  # a ModuleDict is read as a mapping
 
 
-def _rows(images: ImageSet, spec: DistillSpec, stores: Sequence[LabelStore]) -> Tensor:
+def _rows(images: SampleSet, spec: DistillSpec, stores: Sequence[LabelStore]) -> Tensor:
     """Positions to learn from: all labelled images, and the unlabelled ones worth it.
 
     Worth it: the teachers' mean top-1 probability, over their views, reaches the floor.

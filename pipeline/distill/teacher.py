@@ -51,7 +51,7 @@ def prepare_teacher(
     if spec.min_accuracy is not None and found["accuracy"] < spec.min_accuracy:
         raise WeightsError(
             f"teacher: expected at least {100 * spec.min_accuracy:.1f} % on validation "
-            f"(teacher.min_accuracy), got {100 * found['accuracy']:.1f} % of {found['n']} images; "
+            f"(teacher.min_accuracy), got {100 * found['accuracy']:.1f} % of {found['n']} samples; "
             "check preprocess and class order, train it longer, or lower min_accuracy"
         )
     note_doubts(found, data, seen=spec.is_trained, context=context, where="teacher")

@@ -1,7 +1,7 @@
 """From a plan's objectives to the loss terms of one step: what each compares, and with whom.
 
-`SCENE` in, named scalars out. The formulas are in `objectives.py` and `feature_objectives.py`; the
-trainable helpers (projections, fusion, temperature) in `parts.py`.
+`SCENE` in, named scalars out. The formulas are in `objectives.py`, `feature_objectives.py` and
+`text_objectives.py`; the trainable helpers (projections, fusion, temperature) in `parts.py`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from ..data.augment import ViewBatch
+from ..data.inputs import MASK
 from ..training_spec import (
     AttentionSpec,
     DistillSpec,
     DistSpec,
     DkdSpec,
     HardSpec,
+    HiddenSpec,
     HintSpec,
     KdSpec,
     Objective,
+    RelationsSpec,
     ReviewSpec,
     RkdSpec,
     SoftSpec,
@@ -39,6 +42,7 @@ from .objectives import (
     standardize,
 )
 from .parts import CurriculumTemperature, curriculum_strength
+from .text_objectives import hidden_states, relations
 
 TEMPERATURE = "temperature"  # the part that CTKD learns
 
@@ -50,7 +54,7 @@ class Scene:
     Attributes:
         logits: the student's, (N, C).
         targets: the logits it is to follow, (K, N, C), one for each teacher.
-        features: objective name → the student's and the teacher's feature maps.
+        features: objective name → what the student's and the teacher's tapped layers put out.
         parts: trainable helpers, by objective name.
     """
 
@@ -184,6 +188,19 @@ def _rkd(term: RkdSpec, scene: Scene) -> Tensor:
     return term.distance * rkd_distance(mine, theirs) + term.angle * rkd_angle(mine, theirs)
 
 
+def _hidden(term: HiddenSpec, scene: Scene) -> Tensor:
+    students, teachers = scene.features[term.name]
+    projected = scene.parts[term.name](students)
+    return hidden_states(projected, teachers, mask=scene.batch.inputs[:, MASK])
+
+
+def _relations(term: RelationsSpec, scene: Scene) -> Tensor:
+    students, teachers = scene.features[term.name]
+    part: Any = scene.parts[term.name]
+    mask = scene.batch.inputs[:, MASK]
+    return relations(students, teachers, mask=mask, heads=part.count)
+
+
 def sum_of(values: Any) -> Tensor:
     return torch.stack(list(values)).sum()
 
@@ -203,4 +220,6 @@ TERMS: dict[str, Callable[[Any, Scene], Tensor]] = {
     "attention": _attention,
     "reviewkd": _review,
     "rkd": _rkd,
+    "hidden": _hidden,
+    "relations": _relations,
 }

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..errors import DataError, RecipeError
 from .reproducible import derive_seed
 
+_WINDOW = 50  # batches that are sorted by length together
 BATCH_NORM = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -31,6 +32,24 @@ def epoch_order(samples: int, *, seed: int, epoch: int) -> Tensor:
     """The order of the samples in an epoch: a permutation given by (seed, epoch) alone."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
     return torch.randperm(samples, generator=generator)
+
+
+def bucketed(
+    order: Tensor, lengths: Tensor, batches: list[int], *, seed: int, epoch: int
+) -> Tensor:
+    """The order with samples of like lengths in a batch, so that little of one is padding.
+
+    Windows of 50 batches are sorted by length, then batches of equal size change places: what is
+    in a batch, and when it comes, stays random. A function of (order, lengths, seed, epoch).
+    """
+    window = _WINDOW * batches[0]
+    pieces = [part[lengths[part].argsort(stable=True)] for part in torch.split(order, window)]
+    parts = list(torch.split(torch.cat(pieces), batches))
+    full = [index for index, part in enumerate(parts) if len(part) == batches[0]]
+    generator = torch.Generator().manual_seed(derive_seed(seed, "buckets", epoch))
+    moved = torch.randperm(len(full), generator=generator).tolist()
+    shuffled = {index: parts[full[to]] for index, to in zip(full, moved, strict=True)}
+    return torch.cat([shuffled.get(index, part) for index, part in enumerate(parts)])
 
 
 def norm_of(module: nn.Module) -> nn.Module | None:

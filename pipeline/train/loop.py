@@ -3,7 +3,7 @@
 What is learnt is a `Task` (`task.py`): where batches come from, which named loss terms a step
 computes, how they are weighed, and how accuracy on validation is measured. The loop owns the rest:
 precision, schedule, averaging, clipping, selection, checkpoints, resuming, several processes. It
-knows no images and no teacher.
+knows no kind of sample and no teacher.
 
 A run is a function of (initial weights, task, spec, seed, threads, device). Order, dropout and
 views are derived from the epoch number, so a run that was killed and resumed gives the same bytes
@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from ..stage import Context
 from ..training_spec import TrainSpec
 from .average import Average, copy_of, tensors_of
-from .batches import BATCH_NORM, batch_sizes, check_batches, epoch_order, norm_of
+from .batches import (
+    BATCH_NORM,
+    batch_sizes,
+    bucketed,
+    check_batches,
+    epoch_order,
+    norm_of,
+)
 from .compiler import choose_compiler
 from .distributed import mean_over_batch, peers_alive, piece, replicated, shared
 from .meter import LOSS, Meter
@@ -181,6 +188,8 @@ def _epoch(run: Run, task: Task[Batch], spec: TrainSpec, *, context: Context, ep
     torch.manual_seed(derive_seed(context.seed, "layers", epoch, *rank))
     _train_mode(run.module, freeze_norm=spec.freeze_norm)
     order = epoch_order(task.samples, seed=context.seed, epoch=epoch)
+    if task.lengths is not None:
+        order = bucketed(order, task.lengths, run.batches, seed=context.seed, epoch=epoch)
     meter = Meter((*task.weights, LOSS), device=context.device, world=context.world)
     done, total = epoch * len(run.batches), spec.epochs * len(run.batches)
     told = time.monotonic()
@@ -208,7 +217,7 @@ def _epoch(run: Run, task: Task[Batch], spec: TrainSpec, *, context: Context, ep
         "terms": means,
         **shared(dict(found), world=context.world),
         "lr": run.optimizer.param_groups[0]["lr"],
-        "images_per_second": task.samples / seconds,
+        "samples_per_second": task.samples / seconds,
     }
     run.history.append(entry)
     if spec.select == "best" and run.selected is entry:
@@ -287,5 +296,5 @@ def _note(run: Run, spec: TrainSpec) -> str:
     agrees = f"agrees {100 * last['agreement']:.1f} % · " if "agreement" in last else ""
     return (
         f"epoch {last['epoch']}/{spec.epochs} · loss {last['loss']:.3f} · validation "
-        f"{100 * last['accuracy']:.1f} % · {agrees}{last['images_per_second']:,.0f} images/s"
+        f"{100 * last['accuracy']:.1f} % · {agrees}{last['samples_per_second']:,.0f} samples/s"
     )

@@ -119,7 +119,7 @@ def finish(run: Run, spec: TrainSpec, *, resumed: int, stopped_early: bool) -> F
         final_accuracy=final["accuracy"],
         epochs=len(run.history),
         steps=len(run.history) * len(run.batches),
-        images_per_second=statistics.median(e["images_per_second"] for e in run.history),
+        samples_per_second=statistics.median(e["samples_per_second"] for e in run.history),
         precision=run.precision,
         compiled=run.compiler.is_on,
         resumed_epoch=resumed,

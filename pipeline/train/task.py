@@ -35,19 +35,20 @@ class Task(Generic[Batch]):
     after_step: Callable[[nn.Module, int], None] | None = None
     networks: Callable[[nn.Module], list[nn.Module]] = lambda module: [module]  # may be compiled
     least: int = 1  # samples that the terms need in a batch
+    lengths: Tensor | None = None  # (samples,) tokens of each; batches are of like lengths then
 
 
 @dataclass(frozen=True)
 class FitResult:
     """What a training run did. The network itself was trained in place."""
 
-    history: list[dict[str, Any]]  # one entry an epoch: terms, accuracy, lr, images/s
+    history: list[dict[str, Any]]  # one entry an epoch: terms, accuracy, lr, samples/s
     selected_epoch: int  # 1-based
     selected_accuracy: float  # on validation, of the weights that the module now holds
     final_accuracy: float
     epochs: int  # that were run, at most spec.epochs
     steps: int
-    images_per_second: float  # median over the epochs, data included, validation not
+    samples_per_second: float  # median over the epochs, data included, validation not
     precision: Precision
     compiled: bool
     resumed_epoch: int  # epochs taken over from a checkpoint; 0: none

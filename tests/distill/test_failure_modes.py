@@ -692,7 +692,7 @@ UNLABELLED = "  unlabelled: {fraction: 0.5}\n"
 @pytest.mark.parametrize(
     ("data", "teacher", "distill", "expected"),
     [
-        ("", TEACHER, "strategy: quality, target: stored", "reviewkd compares feature maps"),
+        ("", TEACHER, "strategy: quality, target: stored", "reviewkd compares layers"),
         (UNLABELLED, TEACHER, "strategy: quality, confidence_floor: 0.5", "on stored labels"),
         (UNLABELLED, TEACHER, "objectives: [{name: hard}, {name: kd, weight: 0}]", "no objective"),
         ("", None, "target: peers, objectives: [{name: hard}, {name: kd, weight: 0}]", "needs `ha"),

@@ -12,11 +12,11 @@ import pytest
 import torch
 from edgestill.models.store import load_network
 from edgestill.pipeline.data.dataset import open_data
+from edgestill.pipeline.data.views import open_views
 from edgestill.pipeline.distill import labels as labels_module
 from edgestill.pipeline.distill.label_store import HEADER, describe, network_sha256, open_labels
 from edgestill.pipeline.distill.labels import store_labels
 from edgestill.pipeline.distill.student import Lessons, train_student
-from edgestill.pipeline.distill.tasks import open_views
 from edgestill.pipeline.distill.teacher import prepare_teacher
 from edgestill.pipeline.errors import IntegrityError, MeasurementError, WeightsError
 from edgestill.pipeline.measure.doubts import best_class_order, check_class_order
@@ -221,7 +221,7 @@ def test_stored_labels_are_the_live_teachers_logits_of_the_same_views(
     spec = DistillSpec.model_validate(DISTILL | {"precision": "fp32"})
     label(prepared, taught.teacher, tmp_path / "l", precision="fp32")
     store = open_labels(tmp_path / "l", expected=describe(spec, data, seed=0))
-    views = open_views(data.train, data, spec.augment, context=context_in(tmp_path))
+    views = open_views(data.train, data.preprocess, spec.augment, context=context_in(tmp_path))
     module = load_network(taught.teacher).network.module.eval()
     indices = torch.tensor([5, 0, 17])
     for view in range(3):

@@ -138,7 +138,7 @@ def test_killed_and_resumed_gives_the_bytes_of_a_run_never_stopped(
     assert result.resumed_epoch == 2
     assert digest(resumed.state_dict()) == digest(whole.state_dict())
     timeless = [
-        [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in r.history]
+        [{k: v for k, v in entry.items() if k != "samples_per_second"} for entry in r.history]
         for r in (expected, result)
     ]
     assert timeless[0] == timeless[1]
