@@ -192,14 +192,14 @@ def one(recipe: Recipe, folder: Path) -> dict[str, Any]:
         student = flow.learn(work, data, teachers)
     opened = open_data(data.path, memory_budget_bytes=2**31)
     training = student.measurements["training"]
-    speed = statistics.median(epoch["images_per_second"] for epoch in training["history"])
+    speed = statistics.median(epoch["samples_per_second"] for epoch in training["history"])
     unlabelled = student.measurements.get("unlabelled")
     seen = len(opened.train.labels) + (unlabelled["used"] if unlabelled else 0)
     return {
         "accuracy": tested(student.path, data.path),
         "teachers": [tested(teacher.path, data.path) for teacher in teachers],
         "agreement": training["history"][-1].get("agreement"),
-        "images_per_second": speed,
+        "samples_per_second": speed,
         "precision": training["precision"]["name"],
         "epoch_seconds": seen / speed,
         "why": student.measurements.get("distillation", {}).get("why", "labels alone"),
@@ -241,9 +241,9 @@ def to_markdown(results: dict[str, Any]) -> str:
 
 
 def render_speed(result: dict[str, Any]) -> list[str]:
-    ours = statistics.median(result["images_per_second"]["ours"])
+    ours = statistics.median(result["samples_per_second"]["ours"])
     rows = []
-    for name, values in result["images_per_second"].items():
+    for name, values in result["samples_per_second"].items():
         middle = statistics.median(values)
         rows.append(
             f"| {result['what'][name]} | {middle:.0f} | {min(values):.0f}–{max(values):.0f} "

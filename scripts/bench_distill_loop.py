@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from edgestill.models.source import open_network
 from edgestill.models.weights import load_weights, read_state
-from edgestill.pipeline.data.dataset import Data, ImageSet
+from edgestill.pipeline.data.dataset import Data, SampleSet
 from edgestill.pipeline.distill.label_store import LabelStore
 from edgestill.pipeline.distill.tasks import taught
 from edgestill.pipeline.measure.accuracy import accuracy, logits_of_module
@@ -87,7 +87,7 @@ def main() -> None:
                     "usual": "usual distillation loop: PIL workers, batch 64, fp32, live teacher",
                     "plain": "supervised plain PyTorch: PIL workers, batch 64, fp32",
                 },
-                "images_per_second": speeds,
+                "samples_per_second": speeds,
                 "accuracy": found,
                 "ratios": {name: medians["ours"] / medians[name] for name in medians},
             }
@@ -100,7 +100,7 @@ def network(name: str) -> nn.Module:
 
 
 def ours(
-    train: ImageSet, test: ImageSet, teacher: nn.Module, *, steps: int | None, threads: int
+    train: SampleSet, test: SampleSet, teacher: nn.Module, *, steps: int | None, threads: int
 ) -> tuple[float, nn.Module]:
     """Labels are made beforehand, as the labels stage does; their making is not timed."""
     spec = DistillSpec(epochs=EPOCHS, views=2, lr=0.2, select="final", augment=AUGMENT)
@@ -116,7 +116,7 @@ def ours(
         context = Context(0, threads, "cpu", Path(scratch), Silent())
         course = taught(student, data, choose(spec), spec, stores=[store], context=context)
         result = fit(course.learner, course.task, spec, context=context)
-    return result.images_per_second, student
+    return result.samples_per_second, student
 
 
 def labelled(
@@ -137,7 +137,7 @@ def labelled(
 
 
 def classic(
-    train: ImageSet, teacher: nn.Module | None, *, steps: int | None
+    train: SampleSet, teacher: nn.Module | None, *, steps: int | None
 ) -> tuple[float, nn.Module]:
     """The loop that distillation papers publish. Its first batches, which start the workers, are
     not timed."""
@@ -183,14 +183,14 @@ def batches(loader: Any, steps: int | None) -> Iterator[tuple[Tensor, Tensor]]:
 class Pictures(torch.utils.data.Dataset[tuple[Tensor, int]]):
     """Random crop of the padded image, flip, to tensor, normalize: on PIL images, one by one."""
 
-    def __init__(self, images: ImageSet) -> None:
+    def __init__(self, images: SampleSet) -> None:
         self.images = images
 
     def __len__(self) -> int:
         return len(self.images.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = Image.fromarray(self.images.images[index])
+        image = Image.fromarray(self.images.contents[index])
         canvas = Image.new("RGB", (40, 40))
         canvas.paste(image, (4, 4))
         left, top = torch.randint(0, 9, (2,)).tolist()
@@ -202,7 +202,7 @@ class Pictures(torch.utils.data.Dataset[tuple[Tensor, int]]):
         return normal, int(self.images.labels[index])
 
 
-def read(part: str, count: int) -> ImageSet:
+def read(part: str, count: int) -> SampleSet:
     table = pq.read_table(DATA / f"cifar10-jpeg/{part}.parquet").slice(0, count)
     image, label = table.column_names[:2]
     pictures = [
@@ -212,14 +212,14 @@ def read(part: str, count: int) -> ImageSet:
     return as_set(np.stack(pictures), np.array(table.column(label).to_pylist()))
 
 
-def some(images: ImageSet, count: int) -> ImageSet:
-    return as_set(images.images[:count], images.labels[:count])
+def some(images: SampleSet, count: int) -> SampleSet:
+    return as_set(images.contents[:count], images.labels[:count])
 
 
-def as_set(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> ImageSet:
+def as_set(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> SampleSet:
     count = len(labels)
-    return ImageSet(
-        images=images,
+    return SampleSet(
+        contents=images,
         labels=labels,
         ids=np.arange(count),
         hashes=np.array([f"{index:032x}" for index in range(count)]),

@@ -38,7 +38,7 @@ from edgestill.models.store import load_network
 from edgestill.models.zoo import build
 from edgestill.pipeline import flow, learning, steps
 from edgestill.pipeline.data.dataset import Data, open_data
-from edgestill.pipeline.data.preprocess import to_input
+from edgestill.pipeline.data.inputs import to_input
 from edgestill.pipeline.measure.accuracy import logits_of_onnx
 from edgestill.pipeline.measure.latency import Row, measure_latency, speedup
 from edgestill.pipeline.measure.machine import available_threads, describe_machine
@@ -73,6 +73,7 @@ OURS, OURS_8BIT = "edgestill", "edgestill, targets: arm"
 ORT, NNCF = "onnxruntime defaults", "NNCF defaults"
 RETURNED, EQUALIZED = "int8 with float layers", "int8, equalize: true"
 DECADES = 2.0
+RESCUED = {"targets": ["arm", "x86"], "max_drop_points": 0.25, "qat": {"epochs": 6}}
 HARD = {
     "model": str(ROOT / "scripts/hard_to_quantize.py:narrow"),
     "train": {"epochs": 8, "lr": 0.2, "augment": AUGMENT},
@@ -189,10 +190,16 @@ def nncf_version(python: Path | None) -> str:
     return done.stdout.strip()
 
 
-def compared(files: dict[str, Path], data: Data) -> dict[str, Any]:
-    """Accuracy on all of test, size, int8 share; latency in turns in one run."""
+def compared(
+    files: dict[str, Path], data: Data, *, inputs: np.ndarray[Any, Any] | None = None
+) -> dict[str, Any]:
+    """Accuracy on all of test, size, int8 share; latency in turns in one run.
+
+    inputs: what is timed; None: the first test samples.
+    """
     threads = available_threads()
-    inputs = to_input(data.test.images[:32], data.preprocess)
+    if inputs is None:
+        inputs = to_input(data.test.contents[:32], data.preprocess)
     measured = measure_latency(
         [Row(who, "onnx", path) for who, path in files.items()],
         inputs, launches=5, runs=200, threads=(1,), events=Silent(),
@@ -205,7 +212,7 @@ def compared(files: dict[str, Path], data: Data) -> dict[str, Any]:
             "correct": int((logits.argmax(1) == data.test.labels).sum()),
             "n": len(data.test.labels),
             "bytes": path.stat().st_size,
-            "int8_share": engagement(path)["int8_multiply_adds_share"],
+            "int8_share": engagement(path, inputs[:8])["int8_multiply_adds_share"],
             "p50_ms": row["p50_ms"],
             "launch_p50_ms": row["launch_p50_ms"],
             "speedup": ratio["ratio"],
@@ -219,7 +226,7 @@ def compared(files: dict[str, Path], data: Data) -> dict[str, Any]:
 
 def rescue(given: argparse.Namespace) -> dict[str, Any]:
     wish = Wish(given.work, given.images, epochs=0)
-    folder, quantized = given.work / "rescue", {"quantize": {"targets": ["arm", "x86"]}}
+    folder, quantized = given.work / "rescue", {"quantize": RESCUED}
     weights = folder / "spread.safetensors"
     with locked(folder) as root:
         work = begin(recipe_of(None, {"student": HARD}, wish), root, events=Silent(), fresh=False)
@@ -266,7 +273,7 @@ def cpus(given: argparse.Namespace) -> dict[str, Any]:
     for name in CIFAR_NETS:
         files, data = made(name, given)
         inputs = given.work / "cpus-inputs.npy"
-        np.save(inputs, to_input(data.test.images[:CPU_SAMPLES], data.preprocess))
+        np.save(inputs, to_input(data.test.contents[:CPU_SAMPLES], data.preprocess))
         rows[name] = {
             who: {
                 cpu: differences(answers("here", files[who], inputs, given.sysroot),
@@ -335,9 +342,34 @@ def cost(given: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "peak_rss_bytes": usage.ru_maxrss * 1024,
         "int8_seconds": stages["int8"]["seconds"],
+        "int8_peak_rss_bytes": _peak_of_int8(out),
         "audit_seconds": audits,
         "threads": available_threads(),
     }
+
+
+def _peak_of_int8(out: Path) -> int:
+    """The int8 stage of that run once more, in a process that does nothing else."""
+    code = """
+import sys, tempfile
+from pathlib import Path
+from edgestill.pipeline.quantize.ptq import quantize_static
+from edgestill.pipeline.recipe_file import load_recipe
+from edgestill.pipeline.stage import Context, Silent
+out = Path(sys.argv[1])
+recipe = load_recipe(str(out / "recipe.yaml"))
+(floating,), (data,) = ((out / ".edgestill/stages" / s).glob("*") for s in ("float", "data"))
+with tempfile.TemporaryDirectory() as scratch:
+    quantize_static(
+        floating, data, recipe.quantize, context=Context(0, 1, "cpu", Path(scratch), Silent()),
+        export=recipe.export,
+        memory_budget_bytes=int(recipe.compute.memory_budget_gib * 2**30),
+    )
+"""
+    process = subprocess.Popen([sys.executable, "-P", "-c", code, str(out)])
+    _, status, usage = os.wait4(process.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0, "the stage failed"
+    return usage.ru_maxrss * 1024
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {

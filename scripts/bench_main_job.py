@@ -250,7 +250,7 @@ def render_loop(result: dict[str, Any]) -> list[str]:
     head = ["## Student training against a bare loop", "", result["what"], ""]
     rows = [
         f"| {name} | {statistics.median(v):.0f} | {min(v):.0f}–{max(v):.0f} | {len(v)} |"
-        for name, v in result["images_per_second"].items()
+        for name, v in result["samples_per_second"].items()
     ]
     table = ["| loop | images/s, median | range | n |", "| --- | --- | --- | --- |", *rows]
     return [*head, *table, "", f"ratio of medians {result['ratio']:.3f}"]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from edgestill.models.source import open_network
 from edgestill.pipeline.data.augment import Views
-from edgestill.pipeline.data.dataset import ImageSet
+from edgestill.pipeline.data.dataset import SampleSet
 from edgestill.pipeline.measure.machine import available_threads
 from edgestill.pipeline.recipe import PreprocessSpec
 from edgestill.pipeline.stage import Context, Silent
@@ -49,7 +49,7 @@ def main() -> None:
             {
                 "what": f"{NET}, 32×32, batch {BATCH}, {precision.name}, channels_last, "
                 f"{threads} threads, {STEPS} steps a turn",
-                "images_per_second": speeds,
+                "samples_per_second": speeds,
                 "ratio": statistics.median(speeds["ours"]) / statistics.median(speeds["bare"]),
             }
         )
@@ -76,7 +76,7 @@ def bare(spec: TrainSpec) -> float:
     return STEPS * BATCH / (time.perf_counter() - begun)
 
 
-def ours(spec: TrainSpec, images: ImageSet, threads: int) -> float:
+def ours(spec: TrainSpec, images: SampleSet, threads: int) -> float:
     views = Views(images, PREPROCESS, spec.augment, 0, "cpu")
     task = Task(
         samples=len(images.labels),
@@ -90,13 +90,13 @@ def ours(spec: TrainSpec, images: ImageSet, threads: int) -> float:
     with tempfile.TemporaryDirectory() as scratch:
         context = Context(0, threads, "cpu", Path(scratch), Silent())
         result = fit(network(), task, spec, context=context)
-    return result.images_per_second
+    return result.samples_per_second
 
 
-def random_set(count: int) -> ImageSet:
+def random_set(count: int) -> SampleSet:
     rng = np.random.default_rng(0)
-    return ImageSet(
-        images=rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8),
+    return SampleSet(
+        contents=rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8),
         labels=rng.integers(0, 10, count),
         ids=np.arange(count),
         hashes=[f"{i:032x}" for i in range(count)],

@@ -62,7 +62,8 @@ def open_session(path: str, *, threads: int, optimize: bool) -> ort.InferenceSes
 
 def run(session: ort.InferenceSession, inputs: np.ndarray, *, batch: int) -> np.ndarray:
     """First output over all samples; a fixed batch is filled up with the last sample."""
-    entry = session.get_inputs()[0]
+    entries = session.get_inputs()
+    entry = entries[0]
     fixed = entry.shape[0] if isinstance(entry.shape[0], int) else None
     size = fixed or batch
     outputs = []
@@ -70,9 +71,17 @@ def run(session: ort.InferenceSession, inputs: np.ndarray, *, batch: int) -> np.
         part = inputs[start : start + size]
         missing = size - len(part) if fixed else 0
         fed = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)]) if missing else part
-        logits = session.run(None, {entry.name: np.ascontiguousarray(fed)})[0]
+        logits = session.run(None, feed(fed, [one.name for one in entries]))[0]
         outputs.append(logits[: len(part)])
     return np.concatenate(outputs)
+
+
+def feed(batch: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
+    """Images are the one input; of texts (N, K, S) each row is one, cut to the longest of them."""
+    if len(names) == 1:
+        return {names[0]: np.ascontiguousarray(batch)}
+    length = int(batch[:, 1].sum(axis=1).max())
+    return {n: np.ascontiguousarray(batch[:, row, :length]) for row, n in enumerate(names)}
 
 
 if __name__ == "__main__":
