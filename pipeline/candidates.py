@@ -1,10 +1,10 @@
 """Every file that could ship, one table of them, and the choice among them.
 
 From each network (what pruning left of it, and the network as it was) come a float file and, where
-int8 is asked for, int8 ones: by calibration; where that costs too much, by calibration of the
-equalized graph, then with layers back in float; trained with rounding in the loop where that is not
-enough. None is thrown away before the end. The
-choice is a stage: it rests on measured times, so it is stored, and recalled on resume.
+int8 is asked for, int8 ones: by calibration, of texts also with ranges found as it runs; where that
+costs too much, by calibration of the equalized graph, then with layers back in float; trained with
+rounding in the loop where that is not enough. None is thrown away before the end. The choice is a
+stage: it rests on measured times, so it is stored, and recalled on resume.
 """
 
 from __future__ import annotations
@@ -72,6 +72,11 @@ def _int8(
         return exceeds(artifact.measurements["validation"], limit_points=limit)
 
     made = [("int8", steps.quantize(work, data, floating, mark=mark))]
+    if work.recipe.is_text:
+        dynamic = steps.quantize_dynamic(work, data, floating, mark=mark)
+        made.append(("int8 dynamic", dynamic))
+        if not costs_too_much(dynamic):
+            return made
     if spec.fallback and costs_too_much(made[-1][1]):
         equalized = steps.quantize_equalized(work, data, floating, mark=mark)
         if equalized is not None:

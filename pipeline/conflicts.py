@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..models.hf_folder import find_folder
 from .strategy import choose
-from .training_spec import TAUGHT, FeatureSpec, SoftSpec
+from .training_spec import TAUGHT, AugmentSpec, FeatureSpec, SoftSpec, TokenSpec
 
 if TYPE_CHECKING:
     from .recipe import PreprocessSpec, Recipe
@@ -14,7 +14,108 @@ if TYPE_CHECKING:
 
 def conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
     """(does it hold, what to say), a row a rule; each text starts with the key it is about."""
-    return [*_network_conflicts(recipe), *_distill_conflicts(recipe), *_gate_conflicts(recipe)]
+    of_task = _text_conflicts(recipe) if recipe.is_text else _image_conflicts(recipe)
+    return [
+        *of_task,
+        *_network_conflicts(recipe),
+        *_distill_conflicts(recipe),
+        *_gate_conflicts(recipe),
+    ]
+
+
+def _image_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
+    data, networks = recipe.data, [*recipe.teachers, recipe.student]
+    for_texts = [name for name in ("tokenize", "text", "pair", "label") if getattr(data, name)]
+    terms = () if recipe.distill is None else choose(recipe.distill).objectives
+    tokens = [term.name for term in terms if isinstance(term, TokenSpec)]
+    return [
+        (
+            bool(tokens),
+            f"distill.objectives: {', '.join(tokens)} compares the tokens of texts; images have "
+            "`hint`, `attention`, `reviewkd` and `rkd`",
+        ),
+        (
+            bool(for_texts),
+            f"data.{for_texts[0] if for_texts else ''}: is of texts, and the task is "
+            f"{recipe.task}; set `task: text-classification`, or leave it out",
+        ),
+        (
+            any(n.keep_layers is not None or n.init != "weights" for n in networks),
+            "keep_layers and init: are of text encoders; leave them out for images",
+        ),
+        (
+            any(n.is_trained for n in networks) and not _is_fully_given(data.preprocess),
+            "data.preprocess: weights are given, and what they were trained with is not guessed; "
+            "write preprocess with mean and std (`compress init` proposes one)",
+        ),
+    ]
+
+
+def _text_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
+    data, networks = recipe.data, [*recipe.teachers, recipe.student]
+    trained = [n.train for n in networks] + [recipe.distill]
+    plan = None if recipe.distill is None else choose(recipe.distill, is_text=True)
+    terms = () if plan is None else plan.objectives
+    features = [term for term in terms if isinstance(term, FeatureSpec)]
+    maps = [term.name for term in features if not isinstance(term, TokenSpec)]
+    return [
+        (
+            data.tokenize is None or data.tokenize.tokenizer is None,
+            "data.tokenize: no network is an hf: folder, so nothing says how texts become tokens; "
+            "write `tokenize: {tokenizer: tokenizer.json}`",
+        ),
+        (
+            data.preprocess is not None,
+            "data.preprocess: is of images; texts have `tokenize`",
+        ),
+        (
+            any(t is not None and t.augment != AugmentSpec() for t in trained),
+            "augment: is of images; texts have no views but themselves, leave it out",
+        ),
+        (
+            recipe.distill is not None and recipe.distill.views != 1,
+            "distill.views: texts have no views but themselves; leave it out",
+        ),
+        (
+            any(n.is_program or n.is_onnx for n in networks),
+            "model: a text network is an hf: folder or FILE.py:factory here",
+        ),
+        (
+            any(n.keep_layers is not None and not n.is_hf for n in networks),
+            "keep_layers: names layers of an hf: folder; give one as `model`",
+        ),
+        (
+            data.tokenize is not None and data.tokenize.trim and any(not n.is_hf for n in networks),
+            "data.tokenize.trim: takes rows of the word embeddings of hf: folders; give one as "
+            "`model` of every network, or leave `trim` out",
+        ),
+        (
+            data.tokenize is not None and bool(data.tokenize.keep) and not data.tokenize.trim,
+            "data.tokenize.keep: names what `trim: true` leaves in the vocabulary; add it",
+        ),
+        (
+            data.tokenize is not None
+            and (data.tokenize.pad == "max_length") != (recipe.export.sequence == "fixed"),
+            "data.tokenize.pad: max_length goes with `export.sequence: fixed`, which sets it",
+        ),
+        (
+            recipe.distill is not None and recipe.distill.target == "exits",
+            "distill.target: exits are of images; use `ema`, `peers` or a teacher",
+        ),
+        (
+            bool(maps),
+            f"distill.objectives: {', '.join(maps)} compares feature maps of images; texts have "
+            "`hidden` and `relations`",
+        ),
+        (
+            recipe.prune is not None,
+            "prune: text encoders are made smaller by `student.keep_layers`; leave `prune` out",
+        ),
+        (
+            recipe.quantize is not None and recipe.quantize.mode == "qat",
+            "quantize.mode: QAT is of images; use ptq",
+        ),
+    ]
 
 
 def _network_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
@@ -81,17 +182,12 @@ def _network_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
             "which is which; list the names in its order, or set `head: new` and train it",
         ),
         (
-            any(n.head == "new" and n not in given for n in networks),
+            any(n.head == "new" and n not in given and n.init != "scratch" for n in networks),
             "head: `new` replaces the classifier of given weights, and none are given",
         ),
         (
             any(n.head == "new" and not n.train and not (n is student and distill) for n in given),
             "head: a new classifier must be trained; add a `train` section beside it",
-        ),
-        (
-            any(n.is_trained for n in networks) and not _is_fully_given(recipe.data.preprocess),
-            "data.preprocess: weights are given, and what they were trained with is not guessed; "
-            "write preprocess with mean and std (`compress init` proposes one)",
         ),
     ]
 
@@ -106,10 +202,12 @@ def _distill_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
                 "`distill:` section, or leave them out",
             )
         ]
-    plan = choose(spec)  # a term of weight 0 is none, and `quality` compares features too
+    # a term of weight 0 is none, and `quality` compares features too
+    plan = choose(spec, is_text=recipe.is_text)
     terms = plan.objectives
     features = [term.name for term in terms if isinstance(term, FeatureSpec)]
     soft = [term.name for term in terms if isinstance(term, SoftSpec)]
+    tokens = [term.name for term in terms if isinstance(term, TokenSpec)]
     mixes = bool(spec.augment.mixup or spec.augment.cutmix)
     is_self_taught = spec.target is not None and spec.target not in TAUGHT
     return [
@@ -144,8 +242,8 @@ def _distill_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
         ),
         (
             bool(features) and plan.target != "live",
-            f"distill.objectives: {', '.join(features)} compares feature maps, which only a live "
-            f"teacher shows, not `target: {plan.target}`; use `target: live`",
+            f"distill.objectives: {', '.join(features)} compares layers, which only a live teacher "
+            f"shows, not `target: {plan.target}`; use `target: live`",
         ),
         (
             bool(features) and any(t.is_program for t in teachers),
@@ -177,7 +275,7 @@ def _distill_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
             "images do not have; give a teacher",
         ),
         (
-            recipe.data.unlabelled is not None and not ({"kd", "dist"} & set(soft)),
+            recipe.data.unlabelled is not None and not ({"kd", "dist"} & set(soft) or tokens),
             "data.unlabelled: no objective can use images without labels; add `kd` or `dist`",
         ),
         (

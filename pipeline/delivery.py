@@ -41,5 +41,5 @@ def deliver(
         work.recipe, data, models, evidence, latency, done=work.done, notes=work.notes
     )
     report = report.model_copy(update={"verdict": judge(report, work.recipe.gate)})
-    record.publish(folder, models, evidence, report)
+    record.publish(folder, models, evidence, report, beside=steps.files_beside(work, data, models))
     return report

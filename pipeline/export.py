@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from ..exporters.stamp import stamp, write_model
 from ..exporters.to_onnx import export_onnx, program_batch
 from ..models.store import PROGRAM, load_network
 from .data.dataset import open_data
-from .data.preprocess import describe, to_input
+from .data.inputs import describe, to_input
 from .errors import ExportError
 from .recipe import ExportSpec
 from .stage import Context
@@ -65,12 +65,14 @@ def export_float(
             "export: no calibration samples to hold the graph against; set data.calibration to "
             f"{SAMPLES} or more"
         )
-    samples = to_input(data.train.images[data.calibration[:SAMPLES]], data.preprocess)
+    samples = to_input(data.train.contents[data.calibration[:SAMPLES]], data.preprocess)
     raw = context.scratch / EXPORTED
     program = _program(network_artifact)
     context.events.progress(0, 3, "torch.onnx.export")
-    example = torch.from_numpy(samples[:1]).expand(2, -1, -1, -1).contiguous()
-    export_onnx(program or stored.network.module, example, raw, batch=spec.batch)
+    example = torch.from_numpy(samples[:1].repeat(2, axis=0))
+    fixed = spec.sequence == "fixed"
+    sequence: Literal["dynamic"] | int = int(samples.shape[-1]) if fixed else "dynamic"
+    export_onnx(program or stored.network.module, example, raw, batch=spec.batch, sequence=sequence)
 
     size = (program and program_batch(program)) or BATCH_SIZE
     floor = _float_floor(stored.network.module, samples, batch_size=size)

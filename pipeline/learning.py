@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ..models.hf_text import check_vocabulary
 from ..models.source import open_network
 from .data.dataset import Data
 from .distill.label_store import network_sha256
@@ -23,7 +24,7 @@ from .distill.student import train_student as train
 from .distill.teacher import prepare_teacher as teach
 from .prune.protect import find_protected
 from .prune.trace import find_groups
-from .recipe import NetworkSpec, Recipe, TeacherSpec
+from .recipe import NetworkSpec, Recipe, TeacherSpec, Tokenization
 from .stage import Artifact
 from .strategy import Plan, choose
 from .train.schedule import peak_lr
@@ -124,7 +125,7 @@ def train_student(
     is_last = distill is None or generation == distill.generations
     lessons = None
     if distill is not None:
-        plan = choose(distill)
+        plan = _plan(work)
         if teachers or plan.target not in ("stored", "live"):
             lessons = Lessons(
                 distill,
@@ -168,10 +169,10 @@ def recover(
     Its teachers are the recipe's, by the recipe's objectives; where there are none, or the student
     taught itself, it is what it was before it was cut.
     """
-    taught = work.recipe.distill is not None and choose(work.recipe.distill).target in TAUGHT
+    taught = work.recipe.distill is not None and _plan(work).target in TAUGHT
     by = list(teachers) if teachers and taught else [dense]
     spec = _recovery(work.recipe, alone=by == [dense])
-    plan = choose(spec)
+    plan = choose(spec, is_text=work.recipe.is_text)
     labels = []
     if plan.target == "stored":
         stem = "labels" if by != [dense] else "labels-dense"
@@ -248,9 +249,13 @@ def _check_network(spec: NetworkSpec, data: Data, *, where: str) -> tuple[nn.Mod
         args=spec.args,
         classes=len(data.class_names),
         input_shape=data.input_shape,
+        keep_layers=spec.keep_layers,
+        kept_ids=data.kept_ids,
         seed=0,
     )
-    load_given(network.module, spec, data.class_names, where=where)
+    if isinstance(data.preprocess, Tokenization):
+        check_vocabulary(network.module, data.preprocess.vocabulary, where=where)
+    load_given(network.module, spec, data.class_names, where=where, kept_ids=data.kept_ids)
     digest = hashlib.sha256()
     for path in spec.weight_files:
         digest.update(file_sha256(path).encode())
@@ -260,7 +265,7 @@ def _check_network(spec: NetworkSpec, data: Data, *, where: str) -> tuple[nn.Mod
 
 
 def _plan(work: Work) -> Plan:
-    return choose(_distill(work))
+    return choose(_distill(work), is_text=work.recipe.is_text)
 
 
 def _distill(work: Work) -> DistillSpec:

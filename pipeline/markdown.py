@@ -115,7 +115,7 @@ def _candidates_markdown(report: Report) -> str:
 def _latency_markdown(report: Report) -> str:
     if not report.latency:
         return ""
-    header = (
+    header: tuple[str, ...] = (
         "model",
         "runs in",
         "threads",
@@ -142,6 +142,11 @@ def _latency_markdown(report: Report) -> str:
         ]
         for row in report.latency
     ]
+    if any(row.sequence for row in report.latency):
+        header = (*header, "tokens")
+        rows = [
+            [*cells, str(row.sequence)] for cells, row in zip(rows, report.latency, strict=True)
+        ]
     cpu = report.environment.get("cpu_model") or "unknown CPU"
     batch = report.recipe["export"]["batch"]
     title = f"## Latency on {cpu}, batch {1 if batch == 'dynamic' else batch}"

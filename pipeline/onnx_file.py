@@ -21,7 +21,7 @@ from ..exporters.simplify import simplify
 from ..exporters.stamp import stamp as stamped
 from ..exporters.stamp import write_model
 from .data.dataset import Data, open_data
-from .data.preprocess import describe, to_input
+from .data.inputs import describe, to_input
 from .errors import ExportError
 from .measure.accuracy import accuracy, confusion, logits_of_onnx, per_class_accuracy
 from .measure.doubts import check_class_order, note_doubts
@@ -62,7 +62,7 @@ def take_float(
         )
     raw = context.scratch / EXPORTED
     write_model(given, raw)
-    samples = to_input(data.train.images[data.calibration[:SAMPLES]], data.preprocess)
+    samples = to_input(data.train.contents[data.calibration[:SAMPLES]], data.preprocess)
     _check_logits(raw, samples, data, where=str(path), threads=context.threads)
     context.events.progress(1, 3, "simplifying" if spec.simplify else "folding")
     simplified = simplify(given, samples, floor=0.0, threads=context.threads, enabled=spec.simplify)

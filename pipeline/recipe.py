@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from ..models.hf_folder import PREFIX as HF
 from ..models.hf_folder import find_folder
 from .spec import Fraction, Positive, Size, Spec
+from .text_defaults import with_text_defaults
 from .training_spec import DistillSpec, TrainSpec
 
 
@@ -62,8 +63,31 @@ class PreprocessSpec(Spec):
         return 1 if self.channels == "gray" else 3
 
 
+class TokenizeSpec(Spec):
+    """From a text to the network's input: tokenize → cut at `max_length` → pad on the right."""
+
+    tokenizer: str | None = None  # hf:DIR or a tokenizer.json; None: the teacher's, else student's
+    max_length: Annotated[int, Field(ge=3)] | None = None  # tokens; None: by the training texts
+    pad: Literal["longest", "max_length"] = "longest"  # of the batch; max_length: a fixed graph
+    # leave only the pieces that train, validation and unlabelled use, and single characters
+    trim: bool = False
+    keep: str | None = None  # a .txt, a text a line: what it uses stays too
+
+
+class Tokenization(Spec):
+    """What the data stage has made of a `TokenizeSpec`: all that an input's numbers depend on."""
+
+    tokenizer_sha256: str  # of the tokenizer.json that ships
+    vocabulary: Size  # ids are below it
+    pad_id: Annotated[int, Field(ge=0)]
+    max_length: Size
+    pad: Literal["longest", "max_length"]
+    rows: tuple[str, ...]  # names of the network's inputs, in this order
+
+
 class SourceSpec(Spec):
-    """A labelled set: an image folder (one folder a class), a .parquet file, or `digits`."""
+    """A labelled set: an image folder (one folder a class), a .parquet file, or `digits`; texts:
+    .csv, .tsv, .jsonl or .parquet."""
 
     path: str
     image: str | None = None  # parquet: column of HF image structs; found by itself if unique
@@ -77,7 +101,8 @@ class SplitSpec(Spec):
 
 
 class UnlabelledSpec(Spec):
-    """Images without labels: anywhere below a folder, in a .parquet file, or `digits`."""
+    """Images without labels: anywhere below a folder, in a .parquet file, or `digits`. Texts: one
+    a line of a .txt, or as a labelled set has them."""
 
     path: str
     image: str | None = None  # parquet: column of images; labels beside it are ignored
@@ -107,9 +132,16 @@ class DataSpec(Spec):
     unlabelled: Annotated[_Unlabelled | _Split, Discriminator(_which_part)] | None = None
     calibration: Size = 512  # samples of train
     labels: tuple[str, ...] | None = None  # class names in order, where the data has none
-    preprocess: PreprocessSpec | None = None
+    preprocess: PreprocessSpec | None = None  # of images
+    tokenize: TokenizeSpec | None = None  # of texts, which have always one
+    # of texts: columns by name, or by position from 0; None: found by itself
+    text: int | str | None = None
+    pair: int | str | None = None  # a second text of each sample; None: there is none
+    label: int | str | None = None
+    header: bool | None = None  # csv and tsv: is the first line one; None: by looking at it
+    encoding: str = "utf-8"
     on_corrupt: Literal["error", "skip"] = "error"
-    allow_overlap: bool = False  # the same image in train and test
+    allow_overlap: bool = False  # the same sample in train and test
 
 
 class NetworkSpec(Spec):
@@ -120,6 +152,9 @@ class NetworkSpec(Spec):
     args: dict[str, Any] = Field(default_factory=dict)  # passed to the factory or configuration
     weights: str | None = None  # safetensors, or a state dict that torch.load(weights_only) reads
     head: Literal["keep", "new"] = "keep"  # new: the classifier is replaced, for another task
+    # hf: folders of texts: which encoder layers are kept, from 0; what is taken of its weights
+    keep_layers: tuple[int, ...] | None = None
+    init: Literal["weights", "embeddings", "scratch"] = "weights"
     train: TrainSpec | None = None
 
     @property
@@ -142,11 +177,13 @@ class NetworkSpec(Spec):
         if self.is_program or self.is_onnx:
             return (Path(self.model),)
         folder = find_folder(self.model)
-        return () if folder is None else folder.weights
+        return () if folder is None or self.init == "scratch" else folder.weights
 
     @property
     def is_trained(self) -> bool:
-        return bool(self.weight_files)
+        """It answers as it is: nothing of it has been left out or begins anew."""
+        whole = self.init == "weights" and self.keep_layers is None
+        return bool(self.weight_files) and whole
 
 
 class TeacherSpec(NetworkSpec):
@@ -247,6 +284,7 @@ def _dotted(value: object) -> object:
 
 class ExportSpec(Spec):
     batch: Literal["dynamic"] | Size = "dynamic"
+    sequence: Literal["dynamic", "fixed"] = "dynamic"  # of texts; fixed: at the maximum length
     min_runtime: Annotated[str, BeforeValidator(_dotted), Field(pattern=r"^\d+\.\d+(\.\d+)?$")] = (
         "1.17"  # oldest onnxruntime that must load the file
     )
@@ -269,6 +307,8 @@ class ProfileSpec(Spec):
     devices: tuple[Literal["local"], ...] = Field(("local",), min_length=1)
     launches: Annotated[int, Field(ge=3)] = 5  # fresh processes a model; the spread is over these
     runs: Annotated[int, Field(ge=20)] = 200  # timed inferences a model, launch and thread count
+    # of texts: tokens; the first counts for the speed-up, the others are timed on one thread
+    sequences: tuple[Size, ...] = Field((32,), min_length=1)
 
 
 class GateSpec(Spec):
@@ -304,7 +344,7 @@ _Teachers = Annotated[Annotated[TeacherSpec, Tag("one")] | _Many, Discriminator(
 class Recipe(Spec):
     """The whole wish. The sections are wishes, not steps: `flow.py` owns the order."""
 
-    task: Literal["image-classification"] = "image-classification"
+    task: Literal["image-classification", "text-classification"] = "image-classification"
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     compute: ComputeSpec = ComputeSpec()
     data: DataSpec
@@ -326,10 +366,19 @@ class Recipe(Spec):
 
     @model_validator(mode="before")
     @classmethod
-    def _teacher_implies_distillation(cls, data: object) -> object:
-        if isinstance(data, dict) and data.get("teacher") and data.get("distill") is None:
+    def _filled_in(cls, data: object) -> object:
+        """What follows from the task; and a teacher implies distillation."""
+        if not isinstance(data, dict):
+            return data
+        if data.get("task") == "text-classification":
+            return with_text_defaults(data)
+        if data.get("teacher") and data.get("distill") is None:
             return {**data, "distill": {}}
         return data
+
+    @property
+    def is_text(self) -> bool:
+        return self.task == "text-classification"
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -7,6 +7,7 @@ each with file, line, key, what was expected and, for an unknown key, the neares
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +34,10 @@ BUILT_IN_DATA = ("digits",)
 PATHS = {
     *(("data", part, "path") for part in ("train", "test", "validation", "unlabelled")),
     *((network, key) for network in ("teacher", "student") for key in ("model", "weights")),
+    ("data", "tokenize", "tokenizer"),
+    ("data", "tokenize", "keep"),
 }
+PACKAGE = "package:"  # hf:package:NAME/FOLDER, inside an installed Python package
 
 Location = tuple[str | int, ...]
 M = typing.TypeVar("M", bound=BaseModel)
@@ -194,7 +198,7 @@ def _resolve_paths(
             if isinstance(one, dict):
                 _resolve_paths(one, here, base)
         if isinstance(value, str) and here in PATHS:
-            section[key] = _absolute(value, base, is_model=key == "model")
+            section[key] = _absolute(value, base, is_model=key in ("model", "tokenizer"))
 
 
 def _take_preprocess(document: Document) -> None:
@@ -223,14 +227,28 @@ def _take_preprocess(document: Document) -> None:
 
 
 def _absolute(value: str, base: Path, *, is_model: bool) -> str:
+    if is_model and value.startswith(HF + PACKAGE):
+        return HF + _in_package(value.removeprefix(HF + PACKAGE))
     if is_model and value.startswith(HF):
         return HF + _absolute(value.removeprefix(HF), base, is_model=False)
-    if is_model and not (value.endswith((".pt2", ".onnx")) or ".py:" in value):
+    if is_model and not (value.endswith((".pt2", ".onnx", ".json")) or ".py:" in value):
         return value  # a zoo name
     if not is_model and value in BUILT_IN_DATA:
         return value
     path = Path(value).expanduser()
     return os.path.normpath(base / path)
+
+
+def _in_package(value: str) -> str:
+    """The folder that `NAME/FOLDER` means; the package is found, not imported."""
+    name, _, inner = value.partition("/")
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise RecipeError(
+            f"{HF}{PACKAGE}{value}: no Python package {name} is installed here; install it "
+            f"(pip install {name.replace('_', '-')}), or give a folder as hf:DIR"
+        )
+    return os.path.join(next(iter(found.submodule_search_locations)), inner)
 
 
 def _say(detail: ErrorDetails, document: Document, model: type[BaseModel]) -> Iterator[str]:

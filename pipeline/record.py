@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,8 +165,19 @@ def write_report(
     )
 
 
-def publish(folder: Path, models: Models, evidence: Artifact, report: Report) -> Path:
-    """Put everything where the user looks for it, the model last."""
+def publish(
+    folder: Path,
+    models: Models,
+    evidence: Artifact,
+    report: Report,
+    *,
+    beside: Mapping[str, Path | str],
+) -> Path:
+    """Put everything where the user looks for it, the model last.
+
+    Args:
+        beside: further files that the model is used with.
+    """
     assert report.verdict is not None
     recipe = yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True)
     return release.publish(
@@ -181,6 +192,7 @@ def publish(folder: Path, models: Models, evidence: Artifact, report: Report) ->
             release.REPORT: report.model_dump_json(indent=1) + "\n",
             "report.md": to_markdown(report),
             release.TRAINING: _training_lines(report),
+            **beside,
         },
     )
 

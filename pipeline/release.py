@@ -32,6 +32,10 @@ FILES = (
     "student.json",
     "student.pt2",
     "recipe.yaml",
+    "tokenizer.json",
+    "vocab.txt",
+    "labels.json",
+    "golden.jsonl",
 )
 
 

@@ -102,6 +102,7 @@ class LatencyRecord(Spec):
     name: str
     runs_in: Literal["torch", "onnxruntime"]
     threads: int
+    sequence: int | None = None  # tokens of the text; None: an image
     n: int
     launches: int
     p50_ms: float

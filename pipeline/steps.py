@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exporters.sessions import open_session, run_batches
-from .data.preprocess import to_input
+from .data.inputs import repeated_to, to_input
 from .data.stage import prepare_data as prepare
 from .data.stage import source_fingerprint
 from .errors import UsageError
@@ -22,12 +22,14 @@ from .gate import provable_drop
 from .measure.latency import Row, speedup
 from .measure.latency import measure_latency as measure
 from .onnx_file import take_float as take
+from .quantize.dynamic import quantize_dynamic as dynamic
 from .quantize.fallback import return_to_float
 from .quantize.ptq import quantize_static
-from .recipe import QuantizeSpec, Recipe
+from .recipe import ProfileSpec, QuantizeSpec, Recipe
 from .record import Latency, Models, baseline_note
 from .report import LatencyRecord, SpeedupRecord
 from .stage import Artifact, Noting
+from .text_release import text_files
 from .verify.evidence import gather
 from .work import Work, memory_budget, open_sets, run_stage, without_paths
 from .workspace import file_sha256
@@ -130,6 +132,11 @@ def export_teacher(work: Work, data: Artifact, teacher: Artifact) -> Artifact | 
 def quantize(work: Work, data: Artifact, floating: Artifact, *, mark: str) -> Artifact:
     """int8 by calibration alone."""
     return _int8(work, f"int8{mark}", quantize_static, data, [floating])
+
+
+def quantize_dynamic(work: Work, data: Artifact, floating: Artifact, *, mark: str) -> Artifact:
+    """int8 whose activations are measured as it runs."""
+    return _int8(work, f"int8-dynamic{mark}", dynamic, data, [floating])
 
 
 def quantize_equalized(
@@ -241,7 +248,6 @@ def measure_latency(work: Work, data: Artifact, models: Models) -> Latency:
     assert spec is not None
     events.started("latency")
     begun = time.monotonic()
-    inputs = latency_inputs(work, data)
     onnx = {"float": models.floating} | ({"int8": models.deployed} if models.is_quantized else {})
     torch_nets = {} if models.student is None else {"student": models.student}
     if models.dense_onnx is not None:
@@ -249,23 +255,29 @@ def measure_latency(work: Work, data: Artifact, models: Models) -> Latency:
     if models.teacher is not None and models.teacher_onnx is not None:
         onnx = {"teacher-onnx": models.teacher_onnx} | onnx
         torch_nets |= {"teacher": models.teacher}
-    rows = [
-        Row(name, "onnx", path := model_of(artifact), answers(path, inputs))
-        for name, artifact in onnx.items()
-    ]
-    rows += [Row(name, "torch", artifact.path) for name, artifact in torch_nets.items()]
-    measured = measure(
-        rows,
-        inputs,
-        launches=spec.launches,
-        runs=spec.runs,
-        threads=tuple(sorted({1, work.workspace.threads})),
-        events=events,
-    )
+    measured: list[dict[str, Any]] = []
+    for sequence in spec.sequences if work.recipe.is_text else (None,):
+        inputs, is_first = latency_inputs(work, data, sequence=sequence), not measured
+        rows = [
+            Row(name, "onnx", path := model_of(artifact), answers(path, inputs))
+            for name, artifact in onnx.items()
+        ]
+        if is_first:
+            rows += [Row(name, "torch", artifact.path) for name, artifact in torch_nets.items()]
+        found = measure(
+            rows,
+            inputs,
+            launches=spec.launches,
+            runs=spec.runs,
+            threads=tuple(sorted({1, work.workspace.threads})) if is_first else (1,),
+            events=events,
+        )
+        measured += [row | {"sequence": sequence} for row in found]
     records = tuple(LatencyRecord.model_validate(row) for row in measured)
     reference = next(iter(onnx))  # teacher, else the network before it was cut, else its float file
     deployed = models.deployed_role
-    at_one = {row["name"]: row for row in measured if row["threads"] == 1}
+    first = measured[0]["sequence"]
+    at_one = {r["name"]: r for r in measured if (r["threads"], r["sequence"]) == (1, first)}
     ratio = speedup(at_one[reference], at_one[deployed])
     if models.is_quantized and at_one["int8"]["p50_ms"] >= at_one["float"]["p50_ms"]:
         events.note(
@@ -277,15 +289,32 @@ def measure_latency(work: Work, data: Artifact, models: Models) -> Latency:
     return Latency(records, SpeedupRecord(reference=reference, candidate=deployed, **ratio))
 
 
+def files_beside(work: Work, data: Artifact, models: Models) -> dict[str, Path | str]:
+    """What the deployed file is used with: of texts the tokenizer, labels and golden answers."""
+    if not work.recipe.is_text:
+        return {}
+    names = open_sets(work, data).class_names
+    model, threads = model_of(models.deployed), work.workspace.threads
+    return text_files(data.path, model, class_names=names, threads=threads)
+
+
 def model_of(artifact: Artifact) -> Path:
     return artifact.path / "model.onnx"
 
 
-def latency_inputs(work: Work, data: Artifact) -> Any:
-    """Real inputs of the network, float32 (LATENCY_INPUTS, C, H, W)."""
+def latency_inputs(work: Work, data: Artifact, *, sequence: int | None = None) -> Any:
+    """Real inputs of the network, LATENCY_INPUTS of them, float32 (…, C, H, W) or int64 (…, K, S).
+
+    Args:
+        sequence: S, of texts; None: the recipe's first.
+    """
     opened = open_sets(work, data)
     some = opened.calibration[:LATENCY_INPUTS]
-    return to_input(opened.train.images[some], opened.preprocess)
+    inputs = to_input(opened.train.contents[some], opened.preprocess)
+    if not work.recipe.is_text:
+        return inputs
+    profile = work.recipe.profile or ProfileSpec()
+    return repeated_to(inputs, min(sequence or profile.sequences[0], opened.input_shape[1]))
 
 
 def answers(path: Path, inputs: Any) -> Any:

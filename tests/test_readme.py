@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def blocks(language: str) -> list[str]:
     found = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
     return [text for name, text in found if name == language]
+
+
+def in_order(language: str, **marks: str) -> list[str]:
+    """The blocks of a language, the last of which with its mark is found for each of `marks`."""
+    found = [next(b for b in reversed(blocks(language)) if mark in b) for mark in marks.values()]
+    assert sorted(found) == sorted(blocks(language)), "a block that no test runs"
+    return found
 
 
 def commands() -> list[str]:
@@ -86,7 +94,7 @@ def test_the_two_scripts_are_there_and_ci_runs_the_suite(script: str) -> None:
 
 
 def test_the_python_snippet_runs_beside_a_finished_run(workplace: Path) -> None:
-    (snippet,) = blocks("python")
+    snippet, _ = in_order("python", images="steps", texts="Tokenizer")
 
     done = subprocess.run(
         [sys.executable, "-c", snippet], cwd=workplace, capture_output=True, text=True
@@ -97,12 +105,27 @@ def test_the_python_snippet_runs_beside_a_finished_run(workplace: Path) -> None:
 
 
 def test_the_recipe_shown_is_a_recipe() -> None:
-    whole, smaller = blocks("yaml")
+    whole, smaller, _ = in_order(
+        "yaml", images="image-classification", smaller="prune:", texts="text-classification"
+    )
 
     recipe = Recipe.model_validate(yaml.safe_load(whole) | yaml.safe_load(smaller))
 
     assert recipe.teacher is not None
     assert recipe.prune is not None
+
+
+def test_the_recipe_for_texts_is_a_recipe(tmp_path: Path, texts: ModuleType) -> None:
+    pytest.importorskip("transformers")
+    *_, shown = in_order(
+        "yaml", images="image-classification", smaller="prune:", texts="text-classification"
+    )
+    folder = texts.write_folder(tmp_path / "teacher")
+
+    recipe = Recipe.model_validate(yaml.safe_load(shown.replace("hf:DIR", f"hf:{folder}")))
+
+    assert recipe.is_text
+    assert recipe.student.keep_layers == (0, 2, 5)
 
 
 def test_the_exit_codes_shown_are_those_of_the_errors() -> None:

@@ -1,6 +1,6 @@
 """Logits of any model on any set, and what they are worth. Deterministic.
 
-Every model sees the same numbers: images go through `data.preprocess.to_input`, in the set's own
+Every model sees the same numbers: samples go through `data.inputs.to_input`, in the set's own
 order, whether torch or onnxruntime computes. Nothing here selects, judges or compares models, and
 torch is imported only where a torch network is measured.
 """
@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...exporters.sessions import open_session, run_batches
-from ..data.dataset import ImageSet
-from ..data.preprocess import to_input
+from ..data.dataset import SampleSet
+from ..data.inputs import Preparation, to_input
 from ..errors import MeasurementError
-from ..recipe import PreprocessSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
 
 Array = np.ndarray[Any, Any]
 
-_CHUNK = 1024  # images preprocessed at a time, so that a large set never stands in memory as float
+# Most bytes of an onnxruntime batch's input: what lies between its layers is up to 50 times as much
+_BATCH_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Scores:
 
 def logits_of_module(
     module: nn.Module,
-    images: ImageSet,
-    preprocess: PreprocessSpec,
+    samples: SampleSet,
+    how: Preparation,
     *,
     device: str,
     batch_size: int = 256,
@@ -59,7 +59,7 @@ def logits_of_module(
         fixed_batch: the only batch that a .pt2 program runs with (`Network.fixed_batch`).
         name: what an error calls the network.
     Raises:
-        MeasurementError: no images, or a logit is NaN or infinite.
+        MeasurementError: no samples, or a logit is NaN or infinite.
     """
     import torch
 
@@ -69,8 +69,8 @@ def logits_of_module(
     autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
     parts = []
     with evaluating(module), torch.inference_mode(), autocast:
-        for start in range(0, len(images.labels), batch_size):
-            inputs = to_input(images.images[start : start + batch_size], preprocess)
+        for start in range(0, len(samples.labels), batch_size):
+            inputs = to_input(samples.contents[start : start + batch_size], how)
             batch = torch.from_numpy(inputs).to(device)
             if batch.ndim == 4:
                 batch = batch.contiguous(memory_format=torch.channels_last)
@@ -81,8 +81,8 @@ def logits_of_module(
 
 def logits_of_onnx(
     path: Path,
-    images: ImageSet,
-    preprocess: PreprocessSpec,
+    samples: SampleSet,
+    how: Preparation,
     *,
     threads: int,
     batch_size: int = 64,
@@ -93,15 +93,23 @@ def logits_of_onnx(
     Args:
         name: what an error calls the model; None: its path.
     Raises:
-        MeasurementError: no images, or a logit is NaN or infinite.
+        MeasurementError: no samples, or a logit is NaN or infinite.
         ExportError, RuntimeFailure: the file cannot be loaded or run.
     """
     session = open_session(path, threads=threads)
+    first = session.get_inputs()[0].shape[0]
+    one = to_input(samples.contents[:1], how)
+    size = first if isinstance(first, int) else _batch(one, batch_size)
     parts = [
-        run_batches(session, to_input(images.images[at : at + _CHUNK], preprocess), batch_size)
-        for at in range(0, len(images.labels), _CHUNK)
+        run_batches(session, to_input(samples.contents[at : at + size], how), size)
+        for at in range(0, len(samples.labels), size)
     ]
     return _checked(parts, name or str(path))
+
+
+def _batch(one: Array, most: int) -> int:
+    """Samples a call: fewer where they are large. one: the input of a single sample."""
+    return max(1, min(most, _BATCH_BYTES // max(1, one.nbytes)))
 
 
 def score(logits: Array, labels: Array) -> Scores:
@@ -176,13 +184,13 @@ def run_module(module: nn.Module, inputs: Tensor, *, fixed_batch: int | None) ->
 
 def _checked(parts: list[Array], name: str) -> Array:
     if not parts:
-        raise MeasurementError(f"{name}: expected images to measure on, got an empty set")
+        raise MeasurementError(f"{name}: expected samples to measure on, got an empty set")
     logits = np.concatenate(parts).astype(np.float32, copy=False)
     bad = int((~np.isfinite(logits)).any(axis=1).sum())
     if bad:
         raise MeasurementError(
             f"{name}: expected finite logits, got NaN or infinity for {bad} of {len(logits)} "
-            "images; look at its weights and at the preprocessing's mean and std"
+            "samples; look at its weights and at the preprocessing's mean and std"
         )
     return logits
 

@@ -31,14 +31,14 @@ def note_doubts(
     n, percent = found["n"], 100 * found["accuracy"]
     if seen:
         context.events.note(
-            f"{where}: {percent:.1f} % on {n} validation images, which its given weights have "
+            f"{where}: {percent:.1f} % on {n} validation samples, which its given weights have "
             "possibly seen in their training"
         )
     # the share of the commonest class, and two standard errors of a guess that good
     chance = float(np.bincount(data.validation.labels).max()) / n
     if found["accuracy"] <= chance + 2 * (chance * (1 - chance) / n) ** 0.5:
         context.events.note(
-            f"WARNING: {where}: {percent:.1f} % on {n} validation images is what guessing gives "
+            f"WARNING: {where}: {percent:.1f} % on {n} validation samples is what guessing gives "
             f"({100 * chance:.1f} %): it has learnt nothing that shows; look at the labels, the "
             "preprocessing and the learning rate"
         )

@@ -79,7 +79,7 @@ class _Sample:
 
 def measure_latency(
     rows: Sequence[Row],
-    inputs: npt.NDArray[np.float32],
+    inputs: npt.NDArray[Any],
     *,
     launches: int,
     runs: int,
@@ -90,7 +90,7 @@ def measure_latency(
 
     Args:
         rows: networks, their names unique.
-        inputs: at least 8 real preprocessed inputs, float32 (N, C, H, W).
+        inputs: at least 8 real prepared inputs, float32 (N, C, H, W) or int64 (N, K, S).
         launches: fresh processes a row, at least 2: intervals come from their spread.
         runs: timed inferences a row, launch and thread count; a cap, see the module's docstring.
         threads: thread counts; a repeated one is measured once.
@@ -168,7 +168,7 @@ def block_order(count: int, turn: int) -> list[int]:
 
 def _check_request(
     rows: Sequence[Row],
-    inputs: npt.NDArray[np.float32],
+    inputs: npt.NDArray[Any],
     *,
     launches: int,
     runs: int,
@@ -179,8 +179,7 @@ def _check_request(
     assert launches >= 2, "one launch has no spread"
     assert runs >= BLOCKS, "fewer runs than blocks"
     assert min(counts, default=0) >= 1, "no thread count"
-    assert inputs.dtype == np.float32, "inputs are float32"
-    assert inputs.ndim == 4, "inputs are (N, C, H, W)"
+    assert (str(inputs.dtype), inputs.ndim) in (("float32", 4), ("int64", 3)), "images, or tokens"
     if len(inputs) < LEAST_INPUTS:
         raise MeasurementError(
             f"latency: expected at least {LEAST_INPUTS} inputs to rotate, got {len(inputs)}; "
@@ -202,7 +201,7 @@ def _check_request(
 
 
 @contextmanager
-def _stored(inputs: npt.NDArray[np.float32]) -> Iterator[Path]:
+def _stored(inputs: npt.NDArray[Any]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="edgestill-latency-") as folder:
         path = Path(folder) / "inputs.npy"
         np.save(path, np.ascontiguousarray(inputs), allow_pickle=False)

@@ -59,7 +59,7 @@ class Opened(NamedTuple):
 
     call: Callable[[Any], Any]
     feeds: list[Any]
-    images: int  # in all feeds, without the repeated ones that fill the last batch
+    samples: int  # in all feeds, without the repeated ones that fill the last batch
     facts: dict[str, Any]
 
 
@@ -86,10 +86,10 @@ class Agent:
 
     def open(self, path: str, inputs: str, threads: int, batch: int = 1) -> dict[str, Any]:
         _forget_peak_rss()
-        images = np.load(inputs, allow_pickle=False)
+        samples = np.load(inputs, allow_pickle=False)
         begin = time.perf_counter_ns()
         opener = _open_onnx if self.kind == "onnx" else _open_torch
-        opened = opener(path, images, threads, batch)
+        opened = opener(path, samples, threads, batch)
         loaded = time.perf_counter_ns()
         opened.call(opened.feeds[0])
         ran = time.perf_counter_ns()
@@ -105,7 +105,7 @@ class Agent:
         opened = self._network()
         feeds = opened.feeds[:batches]
         batches_of_logits = [np.asarray(opened.call(feed), dtype=np.float32) for feed in feeds]
-        logits = np.ascontiguousarray(np.concatenate(batches_of_logits)[: opened.images])
+        logits = np.ascontiguousarray(np.concatenate(batches_of_logits)[: opened.samples])
         raw = logits.astype("<f4").tobytes()
         return {
             "shape": list(logits.shape),
@@ -171,7 +171,7 @@ class Agent:
         return durations
 
 
-def _open_onnx(path: str, images: np.ndarray, threads: int, batch: int) -> Opened:
+def _open_onnx(path: str, inputs: np.ndarray, threads: int, batch: int) -> Opened:
     ort = importlib.import_module("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -181,9 +181,11 @@ def _open_onnx(path: str, images: np.ndarray, threads: int, batch: int) -> Opene
     begin = time.perf_counter_ns()
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     load_ns = time.perf_counter_ns() - begin
-    entry = session.get_inputs()[0]
+    entries = session.get_inputs()
+    entry = entries[0]
     batch = entry.shape[0] if isinstance(entry.shape[0], int) else batch
-    feeds = [{entry.name: images_of_feed} for images_of_feed in _batches(images, batch)]
+    names = [one.name for one in entries]
+    feeds = [_feed(batch_of_inputs, names) for batch_of_inputs in _batches(inputs, batch)]
     outputs = [session.get_outputs()[0].name]
 
     def call(feed: Any) -> Any:
@@ -202,10 +204,10 @@ def _open_onnx(path: str, images: np.ndarray, threads: int, batch: int) -> Opene
             "spinning": "default (on)",
         },
     }
-    return Opened(call, feeds, len(images), facts)
+    return Opened(call, feeds, len(inputs), facts)
 
 
-def _open_torch(path: str, images: np.ndarray, threads: int, batch: int) -> Opened:
+def _open_torch(path: str, inputs: np.ndarray, threads: int, batch: int) -> Opened:
     torch = importlib.import_module("torch")
     store = importlib.import_module("edgestill.models.store")
     path_type = importlib.import_module("pathlib").Path
@@ -217,7 +219,7 @@ def _open_torch(path: str, images: np.ndarray, threads: int, batch: int) -> Open
     if network.trainable:  # an exported program has its mode baked in and refuses eval()
         module.eval()
     batch = getattr(network, "fixed_batch", None) or batch  # an exported program may fix its own
-    feeds = [torch.from_numpy(images_of_feed) for images_of_feed in _batches(images, batch)]
+    feeds = [torch.from_numpy(batch_of_inputs) for batch_of_inputs in _batches(inputs, batch)]
 
     def call(feed: Any) -> Any:
         with torch.inference_mode():
@@ -226,21 +228,28 @@ def _open_torch(path: str, images: np.ndarray, threads: int, batch: int) -> Open
     facts = {
         "load_ns": load_ns,
         "batch": batch,
-        "input_shape": [None, *images.shape[1:]],
+        "input_shape": [None, *inputs.shape[1:]],
         "settings": {
             "intra_threads": threads,
             "mode": "inference_mode, eager, contiguous",
             "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         },
     }
-    return Opened(call, feeds, len(images), facts)
+    return Opened(call, feeds, len(inputs), facts)
 
 
-def _batches(images: np.ndarray, batch: int) -> list[np.ndarray]:
-    """All images in batches of `batch`; the last one is filled up from the first images."""
-    starts = range(0, len(images), batch)
-    rows = [[(start + k) % len(images) for k in range(batch)] for start in starts]
-    return [np.ascontiguousarray(images[row]) for row in rows]
+def _batches(inputs: np.ndarray, batch: int) -> list[np.ndarray]:
+    """All inputs in batches of `batch`; the last one is filled up from the first ones."""
+    starts = range(0, len(inputs), batch)
+    rows = [[(start + k) % len(inputs) for k in range(batch)] for start in starts]
+    return [np.ascontiguousarray(inputs[row]) for row in rows]
+
+
+def _feed(batch: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
+    """One input takes it whole; of several (ids and mask of texts) each takes its row."""
+    if len(names) == 1:
+        return {names[0]: batch}
+    return {name: np.ascontiguousarray(batch[:, row]) for row, name in enumerate(names)}
 
 
 def _wait_until_quiet() -> dict[str, Any]:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from ...models.plan import all_sizes, extend_plan
 from ...models.source import Network
 from ...models.store import StoredNetwork, count_parameters, load_network, save_network
-from ..data.dataset import Data, ImageSet, open_data
-from ..data.preprocess import to_input
+from ..data.dataset import Data, SampleSet, open_data
+from ..data.inputs import to_input
 from ..errors import ModelError
 from ..measure.accuracy import accuracy, logits_of_module
 from ..recipe import PruneSpec
@@ -255,9 +255,9 @@ def _some(total: int, count: int, *, seed: int, purpose: str) -> np.ndarray[Any,
     return np.sort(generator.choice(total, min(count, total), replace=False))
 
 
-def _subset(images: ImageSet, rows: np.ndarray[Any, Any]) -> ImageSet:
-    return ImageSet(
-        images=images.images[rows],
+def _subset(images: SampleSet, rows: np.ndarray[Any, Any]) -> SampleSet:
+    return SampleSet(
+        contents=images.contents[rows],
         labels=images.labels[rows],
         ids=images.ids[rows],
         hashes=images.hashes[rows],
@@ -265,5 +265,5 @@ def _subset(images: ImageSet, rows: np.ndarray[Any, Any]) -> ImageSet:
     )
 
 
-def _inputs(images: ImageSet, rows: np.ndarray[Any, Any], data: Data) -> Tensor:
-    return torch.from_numpy(to_input(images.images[rows], data.preprocess))
+def _inputs(images: SampleSet, rows: np.ndarray[Any, Any], data: Data) -> Tensor:
+    return torch.from_numpy(to_input(images.contents[rows], data.preprocess))

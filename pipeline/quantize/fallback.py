@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ...exporters.audit import node_multiply_adds
-from ...exporters.int8 import encoding_for
+from ...exporters.int8 import encoding_for, int8_nodes
 from ...exporters.sessions import open_session, run_batches
 from ...exporters.stamp import write_model
 from ..recipe import ExportSpec, QuantizeSpec
@@ -108,7 +108,7 @@ def return_to_float(
     quantized = write(
         calibrated, source, spec, keep_float=chosen.kept_float, threads=context.threads
     )
-    encoding = encoding_for(spec.targets)
+    encoding = encoding_for(spec.targets, model=source.model)
     found = leave(source, quantized, encoding=encoding, export=export, context=context)
     return {
         **found,
@@ -168,10 +168,11 @@ def measure_sensitivity(
     plain = spec.model_copy(update={"correct_bias": False})  # of single layers it says nothing
     costs = node_multiply_adds(source.model)
     fixed = always_float(source.model, spec)
+    may = set(int8_nodes(source.model, encoding_for(spec.targets, model=source.model))) - fixed
     names = [
         node.name
         for node in source.model.graph.node
-        if node.op_type in LAYER_OPS and node.name not in fixed
+        if node.op_type in LAYER_OPS and node.name in may
     ]
     data = source.data
     inputs = Prepared(data)[slice(0, SENSITIVITY_SAMPLES)]

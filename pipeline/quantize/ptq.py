@@ -16,7 +16,7 @@ from ...exporters.calibrate import Range, channel_statistics, doubt_about_sample
 from ...exporters.equalize import equalize
 from ...exporters.graph import matching_nodes
 from ...exporters.int8 import Quantized, encoding_for, quantize
-from ..recipe import ExportSpec, QuantizeSpec
+from ..recipe import ExportSpec, QuantizeSpec, Tokenization
 from ..stage import Context
 from .result import Prepared, Source, leave, open_source
 
@@ -52,7 +52,7 @@ def quantize_static(
     calibrated = calibrate(source, spec, threads=context.threads)
     quantized = write(calibrated, source, spec, threads=context.threads)
     context.events.progress(1, 2, "measuring on validation")
-    encoding = encoding_for(spec.targets)
+    encoding = encoding_for(spec.targets, model=source.model)
     found = leave(source, quantized, encoding=encoding, export=export, context=context)
     context.events.progress(2, 2)
     return {
@@ -93,7 +93,7 @@ def write(
     return quantize(
         calibrated.model,
         Prepared(source.data),
-        encoding=encoding_for(spec.targets),
+        encoding=encoding_for(spec.targets, model=calibrated.model),
         threads=threads,
         keep_float={*keep_float, *always_float(calibrated.model, spec)},
         ranges=calibrated.ranges,
@@ -102,8 +102,9 @@ def write(
 
 
 def _note_doubts(source: Source, context: Context) -> None:
-    """Calibration samples that are unlike the training set. Of unscaled inputs nothing is known."""
-    if all(deviation == 1 for deviation in source.data.preprocess.std or ()):
+    """Calibration samples that are unlike the training set. Of unscaled images nothing is known."""
+    how = source.data.preprocess
+    if isinstance(how, Tokenization) or all(deviation == 1 for deviation in how.std or ()):
         return
     doubt = doubt_about_samples(*channel_statistics(Prepared(source.data)))
     if doubt is not None:

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from onnx import ModelProto
 from torch import Tensor, nn
 
-from ..data.augment import ViewBatch, Views
+from ..data.augment import ViewBatch
 from ..data.dataset import Data
+from ..data.views import open_views
 from ..measure.accuracy import accuracy, logits_of_module
 from ..recipe import QatSpec
 from ..stage import Context
@@ -115,7 +116,7 @@ def imitation(
     data: Data, teacher: nn.Module, spec: TrainSpec, *, context: Context
 ) -> Task[ViewBatch]:
     """KL(teacher ‖ student), summed over classes, mean over the batch, and cross-entropy."""
-    views = Views(data.train, data.preprocess, spec.augment, context.seed, context.device)
+    views = open_views(data.train, data.preprocess, spec.augment, context=context)
     reference = _logits(teacher, data, context)
 
     def terms(module: nn.Module, batch: ViewBatch) -> Mapping[str, Tensor]:

@@ -50,7 +50,7 @@ def quantize_aware(
     result = train_qat(
         floating, read_model(ptq_artifact / MODEL), source.data, spec.qat, context=context
     )
-    encoding = encoding_for(spec.targets)
+    encoding = encoding_for(spec.targets, model=source.model)
     quantized = quantize(
         result.model,
         Prepared(source.data),

@@ -22,7 +22,7 @@ from ...exporters.graph import read_model
 from ...exporters.int8 import Encoding, Quantized
 from ...exporters.stamp import stamp, write_model
 from ..data.dataset import Data, open_data
-from ..data.preprocess import to_input
+from ..data.inputs import to_input
 from ..errors import IntegrityError
 from ..measure.accuracy import logits_of_onnx
 from ..recipe import ExportSpec
@@ -64,7 +64,7 @@ class Prepared:
 
     def __getitem__(self, part: slice) -> Array:
         indices = self._data.calibration[part]
-        inputs: Array = to_input(self._data.train.images[indices], self._data.preprocess)
+        inputs: Array = to_input(self._data.train.contents[indices], self._data.preprocess)
         return inputs
 
 
@@ -127,7 +127,7 @@ def leave(
     path = context.scratch / MODEL
     final = write_int8(source, quantized, path, export=export)
     data = source.data
-    some = to_input(data.train.images[data.calibration[:AUDIT_SAMPLES]], data.preprocess)
+    some = to_input(data.train.contents[data.calibration[:AUDIT_SAMPLES]], data.preprocess)
     audited = engagement(path, some)
     changed = [node["name"] for node in audited["nodes"] if node["requantized"]]
     if changed:

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..data.dataset import Data, open_data
-from ..data.preprocess import to_input
+from ..data.inputs import to_input
 from ..gate import drop_upper_bound
 from ..measure.accuracy import Scores, logits_of_module, logits_of_onnx, score
 from ..release import SAMPLES
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-PARITY_SAMPLES = 128  # of the calibration images: float64 convolutions are slow
+PARITY_SAMPLES = 128  # of the calibration set: float64 convolutions are slow
 CONFIDENCE = 0.95
 
 
@@ -59,7 +59,7 @@ def gather(
         MeasurementError: a model gives NaN.
     """
     data = open_data(data_folder, memory_budget_bytes=memory_budget_bytes)
-    sample = to_input(data.train.images[data.calibration[:PARITY_SAMPLES]], data.preprocess)
+    sample = to_input(data.train.contents[data.calibration[:PARITY_SAMPLES]], data.preprocess)
     parity = climb_ladder(
         _module(networks["student"]) if "student" in networks else None,
         exported=floating / "exported.onnx",

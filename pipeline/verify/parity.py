@@ -70,8 +70,9 @@ def climb_ladder(
             where that cannot run in float64, float32 is the root and the first rung says so. None:
             there is only the file `exported`, which is then the root.
         exported, final_float, int8: ONNX files; without `int8` its rungs are absent.
-        inputs: float32, (N, C, H, W), ≥ 64 real preprocessed samples; all zeros and all ones are
-            added to them.
+        inputs: ≥ 64 real prepared samples. float32, (N, C, H, W): all zeros and all ones are
+            added to them. int64, (N, K, S), texts of mixed lengths: batches of several are padded,
+            single ones are not, so the last rungs show that padding changes no answer.
 
     Returns:
         Records of rung, reference, n, max_abs, tolerance (allowed at the element that comes
@@ -83,7 +84,9 @@ def climb_ladder(
     """
     if len(inputs) == 0:
         return [_failed(FLOAT32, FLOAT64, "no real samples were given")]
-    inputs = np.concatenate([inputs, np.zeros_like(inputs[:1]), np.ones_like(inputs[:1])])
+    real = len(inputs)
+    if inputs.dtype.kind == "f":
+        inputs = np.concatenate([inputs, np.zeros_like(inputs[:1]), np.ones_like(inputs[:1])])
     fixed = batch_size(read_model(final_float))
     size = fixed or BATCH_SIZE
 
@@ -99,8 +102,8 @@ def climb_ladder(
         root_name, root, above, floor, first = _torch_root(module, inputs, size)
         above_name, rungs = FLOAT32, [first]
         steps = [(EXPORTED_OFF, exported, False), *steps]
-    if len(inputs) - 2 < REAL_SAMPLES:
-        rungs[0]["note"] += f"; only {len(inputs) - 2} real samples"
+    if real < REAL_SAMPLES:
+        rungs[0]["note"] += f"; only {real} real samples"
     for name, path, optimize in steps:
         found = logits(path, optimize=optimize)
         rungs.append(_float_rung(name, above_name, above, found, floor))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from edgestill.exporters.to_onnx import export_onnx
-from edgestill.pipeline.data.dataset import ImageSet
+from edgestill.pipeline.data.dataset import SampleSet
 from edgestill.pipeline.errors import MeasurementError
 from edgestill.pipeline.measure.accuracy import (
     accuracy,
@@ -26,10 +26,10 @@ LABELS = np.array([0, 2, 2, 2])
 PREPROCESS = PreprocessSpec(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 
 
-def image_set(count: int = 7) -> ImageSet:
+def image_set(count: int = 7) -> SampleSet:
     generator = np.random.default_rng(0)
-    return ImageSet(
-        images=generator.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8),
+    return SampleSet(
+        contents=generator.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8),
         labels=np.arange(count) % 3,
         ids=np.arange(count),
         hashes=np.array([f"{i:032x}" for i in range(count)]),

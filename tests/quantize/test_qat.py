@@ -16,7 +16,7 @@ from edgestill.exporters.rewrites import normalise
 from edgestill.exporters.sessions import open_session, run_batches
 from edgestill.exporters.stamp import write_model
 from edgestill.exporters.to_onnx import export_onnx
-from edgestill.pipeline.data.dataset import Data, ImageSet
+from edgestill.pipeline.data.dataset import Data, SampleSet
 from edgestill.pipeline.data.preprocess import to_input
 from edgestill.pipeline.errors import ExportError
 from edgestill.pipeline.quantize.fake_quant import FakeQuant, affine, sqnr_db
@@ -69,10 +69,10 @@ def spread(net: Separable, *, decades: float) -> None:
             point[0].weight.div_(factor[None, :, None, None])
 
 
-def part(images, labels, where) -> ImageSet:
+def part(images, labels, where) -> SampleSet:
     count = len(labels[where])
     ids = np.arange(count, dtype=np.int64) + where.start
-    return ImageSet(images[where], labels[where].astype(np.int64), ids, ids.astype(str), None)
+    return SampleSet(images[where], labels[where].astype(np.int64), ids, ids.astype(str), None)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -98,14 +98,14 @@ def data() -> Data:
 
 @pytest.fixture(scope="module")
 def samples(data) -> np.ndarray:
-    return to_input(data.train.images[data.calibration], PREPROCESS)
+    return to_input(data.train.contents[data.calibration], PREPROCESS)
 
 
 @pytest.fixture(scope="module")
 def trained(data) -> Separable:
     torch.manual_seed(0)
     net = Separable()
-    inputs = torch.from_numpy(to_input(data.train.images, PREPROCESS))
+    inputs = torch.from_numpy(to_input(data.train.contents, PREPROCESS))
     labels = torch.from_numpy(data.train.labels)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
     for _ in range(15):
@@ -210,7 +210,7 @@ def test_a_file_of_another_graph_is_refused(floating, hostile, samples):
 
 def test_before_training_it_answers_as_the_file_does(floating, data, samples, tmp_path):
     quantized = int8(floating, samples)
-    inputs = to_input(data.test.images, PREPROCESS)
+    inputs = to_input(data.test.contents, PREPROCESS)
     module = FakeQuant(GraphModule(floating), read_layout(floating, quantized), ranges="ema")
     with torch.no_grad():
         found = module.eval()(torch.from_numpy(inputs)).numpy()
@@ -247,7 +247,7 @@ def segments(model) -> list[tuple[str, list[str], str]]:
 def test_node_by_node_on_identical_integers_file_and_training_are_within_one_step(
     written, rounded, data, tmp_path, optimize
 ):
-    inputs = torch.from_numpy(to_input(data.test.images[:64], PREPROCESS))
+    inputs = torch.from_numpy(to_input(data.test.contents[:64], PREPROCESS))
     with torch.no_grad():
         values = rounded.values(inputs)
     scales = {
@@ -304,7 +304,7 @@ def test_training_keeps_names_and_structure(hostile, learned):
 def test_qat_brings_back_what_calibration_lost(
     hostile, learned, written, rounded, data, samples, tmp_path
 ):
-    inputs, labels = to_input(data.test.images, PREPROCESS), data.test.labels
+    inputs, labels = to_input(data.test.contents, PREPROCESS), data.test.labels
     reference = logits_of(hostile, inputs, tmp_path / "f.onnx")
     calibrated = logits_of(int8(hostile, samples), inputs, tmp_path / "p.onnx")
     found = logits_of(written, inputs, tmp_path / "q.onnx")

@@ -57,8 +57,8 @@ def data(monkeypatch):
     coarse = rng.integers(0, 256, (80, 4, 4, 3), dtype=np.uint8)
     images = coarse.repeat(2, axis=1).repeat(2, axis=2)
     found = SimpleNamespace(
-        train=SimpleNamespace(images=images),
-        validation=SimpleNamespace(images=images[:30], labels=np.arange(30) % 3),
+        train=SimpleNamespace(contents=images),
+        validation=SimpleNamespace(contents=images[:30], labels=np.arange(30) % 3),
         calibration=np.arange(70)[::-1].copy(),
         preprocess=PREPROCESS,
         class_names=CLASSES,
@@ -146,7 +146,7 @@ def test_int8_stage_quantizes_what_export_left(net, data, tmp_path):
         == onnx.load(tmp_path / "float" / "model.onnx").metadata_props
     )
     json.dumps(found, allow_nan=False)
-    inputs = to_input(data.train.images, PREPROCESS)
+    inputs = to_input(data.train.contents, PREPROCESS)
     net.eval()
     with torch.no_grad():
         expected = net(torch.from_numpy(np.ascontiguousarray(inputs))).numpy()

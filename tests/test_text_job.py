@@ -1,0 +1,217 @@
+"""`compress run` on texts: a teacher in a Hugging Face folder → an int8 student, its tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+pytest.importorskip("transformers")
+
+COMMAND = [sys.executable, "-P", "-m", "edgestill"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, texts: ModuleType) -> Path:
+    """Sets, teacher and recipe."""
+    root = tmp_path_factory.mktemp("text")
+    rows = texts.sentences(900, seed=1)
+    texts.write_csv(root / "train.csv", rows[:500])
+    texts.write_csv(root / "test.csv", rows[500:])
+    # wide enough that int8 is the fastest candidate
+    wide = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 512}
+    texts.write_folder(root / "teacher", **wide)
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe()))
+    return root
+
+
+def recipe(**changes: Any) -> dict[str, Any]:
+    train = {"epochs": 4, "lr": 0.001, "batch_size": 16}
+    return {
+        "task": "text-classification",
+        "data": {
+            "train": {"path": "train.csv"}, "test": {"path": "test.csv"},
+            "validation": 0.2, "calibration": 64,
+        },
+        "teacher": {"model": "hf:teacher", "head": "new", "train": train},
+        "student": {"model": "hf:teacher", "head": "new", "keep_layers": [0, 2]},
+        "distill": train,
+        "quantize": {},
+        "profile": {"launches": 3, "runs": 20, "sequences": [8, 16]},
+        "gate": {"max_drop_points": 20},
+        "compute": {"threads": 1},
+    } | changes  # fmt: skip
+
+
+def compress(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*COMMAND, *arguments], cwd=folder, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    done = compress("run", "recipe.yaml", "-o", "out", folder=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "out"
+
+
+def report_of(run: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((run / "report.json").read_text())
+    return loaded
+
+
+def test_a_passed_run_leaves_the_model_and_all_that_it_is_used_with(run: Path) -> None:
+    published = {path.name for path in run.iterdir()} - {".edgestill"}
+
+    assert published == {
+        "model.onnx", "model.fp32.onnx", "student.safetensors", "student.json", "recipe.yaml",
+        "report.json", "report.md", "samples.parquet", "training.jsonl", "manifest.json",
+        "tokenizer.json", "labels.json", "golden.jsonl", "vocab.txt",
+    }  # fmt: skip
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert {"tokenizer.json", "golden.jsonl"} <= set(manifest["sha256"])
+
+
+def test_student_learns_and_int8_keeps_it(run: Path) -> None:
+    models = {m["role"]: m["correct"] / m["n"] for m in report_of(run)["models"]}
+
+    assert models["teacher"] > 0.95
+    assert models["student"] > 0.95
+    assert models["int8"] >= models["student"] - 0.02
+
+
+def test_model_answers_raw_texts_with_onnxruntime_and_tokenizers_alone(run: Path) -> None:
+    code = """
+import json, sys, numpy, onnxruntime, tokenizers
+session = onnxruntime.InferenceSession("model.onnx")
+tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json")
+about = json.loads(session.get_modelmeta().custom_metadata_map["edgestill.preprocess"])
+tokenizer.enable_truncation(about["max_length"])
+labels = json.load(open("labels.json"))
+for text in ("the film is really lovely", "the plot is somehow dull and the song is quite grim"):
+    ids = tokenizer.encode(text).ids
+    feed = {"input_ids": numpy.array([ids]), "attention_mask": numpy.ones((1, len(ids)), int)}
+    print(labels[session.run(None, feed)[0].argmax()])
+assert not {"torch", "transformers", "edgestill"} & set(sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=run, capture_output=True, text=True, check=False
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["good", "bad"]
+
+
+def test_golden_answers_are_those_of_the_shipped_tokenizer_and_model(run: Path) -> None:
+    import onnxruntime
+    from tokenizers import Tokenizer
+
+    rows = [json.loads(line) for line in (run / "golden.jsonl").read_text().splitlines()]
+    about = report_of(run)["stages"][0]["measurements"]["preprocess"]
+    tokenizer = Tokenizer.from_file(str(run / "tokenizer.json"))
+    tokenizer.enable_truncation(about["max_length"])
+    session = onnxruntime.InferenceSession(run / "model.onnx")
+
+    assert len(rows) == 64
+    assert {len(row["input_ids"]) for row in rows} >= {about["max_length"], 2}
+    for row in rows:
+        ids = tokenizer.encode(row["text"]).ids
+        assert ids == row["input_ids"], row["text"]
+        feed = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
+        (logits,) = session.run(None, feed)
+        assert np.allclose(logits[0], row["logits"], atol=1e-6)
+
+
+def test_padding_changes_no_answer_of_the_float_file(run: Path) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(run / "model.fp32.onnx")
+    ids = np.array([[2, 10, 11, 12, 3]])
+    alone = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})[0]
+    padded = np.pad(ids, ((0, 0), (0, 6)))
+    mask = (np.arange(11) < 5).astype(np.int64)[None]
+    beside = session.run(None, {"input_ids": padded, "attention_mask": mask})[0]
+
+    assert np.allclose(alone, beside, atol=1e-5)
+
+
+def test_report_says_how_texts_were_tokenized_and_cut(run: Path) -> None:
+    data = report_of(run)["stages"][0]["measurements"]
+
+    assert data["preprocess"]["rows"] == ["input_ids", "attention_mask"]
+    assert data["lengths"]["train"]["texts"] == 500
+    assert data["counts"] == {"train": 400, "validation": 100, "test": 400}
+
+
+def test_latency_is_told_by_length(run: Path) -> None:
+    rows = report_of(run)["latency"]
+
+    assert {(row["name"], row["sequence"]) for row in rows if row["runs_in"] == "onnxruntime"} == {
+        (name, sequence) for name in ("teacher-onnx", "float", "int8") for sequence in (8, 16)
+    }
+    assert "| tokens |" in (run / "report.md").read_text()
+
+
+def test_second_run_is_recalled_and_gives_the_same_bytes(run: Path, folder: Path) -> None:
+    before = (run / "model.onnx").read_bytes()
+
+    done = compress("run", "recipe.yaml", "-o", "out", folder=folder)
+
+    assert done.returncode == 0, done.stderr
+    stages = report_of(run)["stages"]
+    assert all(stage["recalled"] for stage in stages if stage["name"] != "latency")
+    assert (run / "model.onnx").read_bytes() == before
+
+
+BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
+    "no such column": (
+        lambda root: {"data": {**recipe()["data"], "label": "mood"}},
+        "mood",
+    ),
+    "a text in both sets": (
+        lambda root: {"data": {**recipe()["data"], "test": {"path": "train.csv"}}},
+        "data.allow_overlap",
+    ),
+    "no tokenizer": (
+        lambda root: {"student": {"model": "net.py:build"}, "teacher": None, "distill": None},
+        "data.tokenize",
+    ),
+    "pruning": (lambda root: {"prune": {"macs": 0.5}}, "keep_layers"),
+    "augmentation": (
+        lambda root: {"distill": {"augment": {"flip": True}}},
+        "augment",
+    ),
+    "layers that are not there": (
+        lambda root: {"student": {**recipe()["student"], "keep_layers": [0, 7]}},
+        "7",
+    ),
+    "a fresh head that nothing trains": (
+        lambda root: {"teacher": {"model": "hf:teacher", "head": "new"}},
+        "head",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_recipe_is_one_message_and_exit_2(folder: Path, case: str) -> None:
+    change, said = BAD[case]
+    path = folder / "bad.yaml"
+    path.write_text(yaml.safe_dump(recipe(**change(folder))))
+
+    done = compress("run", "bad.yaml", "-o", "bad-out", folder=folder)
+
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
