@@ -256,7 +256,7 @@ def measure_latency(work: Work, data: Artifact, models: Models) -> Latency:
         onnx = {"teacher-onnx": models.teacher_onnx} | onnx
         torch_nets |= {"teacher": models.teacher}
     measured: list[dict[str, Any]] = []
-    for sequence in spec.sequences if work.recipe.is_text else (None,):
+    for sequence in _sequences(work, data):
         inputs, is_first = latency_inputs(work, data, sequence=sequence), not measured
         rows = [
             Row(name, "onnx", path := model_of(artifact), answers(path, inputs))
@@ -289,6 +289,17 @@ def measure_latency(work: Work, data: Artifact, models: Models) -> Latency:
     return Latency(records, SpeedupRecord(reference=reference, candidate=deployed, **ratio))
 
 
+def _sequences(work: Work, data: Artifact) -> tuple[int | None, ...]:
+    """Tokens at which texts are timed: at most what the network takes, and what a graph fixes."""
+    if not work.recipe.is_text:
+        return (None,)
+    longest = open_sets(work, data).input_shape[1]
+    if work.recipe.export.sequence == "fixed":
+        return (longest,)
+    profile = work.recipe.profile or ProfileSpec()
+    return tuple(dict.fromkeys(min(one, longest) for one in profile.sequences))
+
+
 def files_beside(work: Work, data: Artifact, models: Models) -> dict[str, Path | str]:
     """What the deployed file is used with: of texts the tokenizer, labels and golden answers."""
     if not work.recipe.is_text:
@@ -313,8 +324,9 @@ def latency_inputs(work: Work, data: Artifact, *, sequence: int | None = None) -
     inputs = to_input(opened.train.contents[some], opened.preprocess)
     if not work.recipe.is_text:
         return inputs
-    profile = work.recipe.profile or ProfileSpec()
-    return repeated_to(inputs, min(sequence or profile.sequences[0], opened.input_shape[1]))
+    length = sequence or _sequences(work, data)[0]
+    assert length is not None, "texts have a length"
+    return repeated_to(inputs, length)
 
 
 def answers(path: Path, inputs: Any) -> Any:

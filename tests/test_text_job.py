@@ -175,6 +175,25 @@ def test_second_run_is_recalled_and_gives_the_same_bytes(run: Path, folder: Path
     assert (run / "model.onnx").read_bytes() == before
 
 
+def test_trained_folder_goes_straight_to_a_graph_of_one_length(
+    folder: Path, texts: ModuleType
+) -> None:
+    import onnxruntime
+
+    texts.write_folder(folder / "trained", head=True)
+    wish = recipe(student={"model": "hf:trained"}, export={"sequence": "fixed"}, quantize=None)
+    del wish["teacher"], wish["distill"]
+    (folder / "given.yaml").write_text(yaml.safe_dump(wish))
+
+    done = compress("run", "given.yaml", "-o", "given", folder=folder)
+
+    assert done.returncode == 0, done.stderr
+    session = onnxruntime.InferenceSession(folder / "given" / "model.onnx")
+    length = report_of(folder / "given")["stages"][0]["measurements"]["preprocess"]["max_length"]
+    assert [value.shape for value in session.get_inputs()] == [["N", length]] * 2
+    assert {row["sequence"] for row in report_of(folder / "given")["latency"]} == {length}
+
+
 BAD: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
     "no such column": (
         lambda root: {"data": {**recipe()["data"], "label": "mood"}},
