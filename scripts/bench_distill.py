@@ -123,7 +123,7 @@ def main() -> None:
         rows = kept["rows"] if kept and schedule.items() <= kept.items() else {}
         for row in [*given.row, None]:
             name = row or best(rows)
-            seeds = given.seeds if row in MAIN_ROWS else SEEDS if row is None else 1
+            seeds = given.seeds if name in MAIN_ROWS else SEEDS if row is None else 1
             rows[name] = method(name, part, work, seeds=seeds, **schedule)
             ordered = {name: rows[name] for name in METHODS if name in rows}
             results[part] = {"rows": ordered} | schedule | stamp | {"threads": available_threads()}

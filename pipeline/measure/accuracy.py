@@ -90,6 +90,9 @@ def logits_of_onnx(
 ) -> Array:
     """Logits of an ONNX file in onnxruntime, (N, C) float32.
 
+    Texts go one by one, as on a device: without padding, and without the company on which the
+    answers of dynamic int8 depend.
+
     Args:
         name: what an error calls the model; None: its path.
     Raises:
@@ -99,7 +102,7 @@ def logits_of_onnx(
     session = open_session(path, threads=threads)
     first = session.get_inputs()[0].shape[0]
     one = to_input(samples.contents[:1], how)
-    size = first if isinstance(first, int) else _batch(one, batch_size)
+    size = first if isinstance(first, int) else _batch(one, batch_size if one.ndim == 4 else 1)
     parts = [
         run_batches(session, to_input(samples.contents[at : at + size], how), size)
         for at in range(0, len(samples.labels), size)

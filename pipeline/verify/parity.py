@@ -109,6 +109,7 @@ def climb_ladder(
         rungs.append(_float_rung(name, above_name, above, found, floor))
         _note_root(rungs[-1], root_name, root, found)
         above_name, above = name, found
+    noise = 0.0
     if int8 is not None:
         off, on = logits(int8, optimize=False), logits(int8, optimize=True)
         rungs.append(_against_float(INT8_OFF, FINAL, above, off))
@@ -117,7 +118,7 @@ def climb_ladder(
         rungs.append(_same_answers(INT8_ON, INT8_OFF, off, on, noise=noise))
         _note_root(rungs[-1], root_name, root, on)
     if fixed is None:
-        rungs += _batch_rungs(final_float, int8, inputs, floor=floor, threads=threads)
+        rungs += _batch_rungs(final_float, int8, inputs, floor=floor, noise=noise, threads=threads)
     return rungs
 
 
@@ -198,9 +199,18 @@ def _noise(floating: Array, int8: Array) -> float:
 
 
 def _batch_rungs(
-    final_float: Path, int8: Path | None, inputs: Array, *, floor: float, threads: int
+    final_float: Path,
+    int8: Path | None,
+    inputs: Array,
+    *,
+    floor: float,
+    noise: float,
+    threads: int,
 ) -> Iterator[Rung]:
-    """The same samples one at a time, in twos and in sevens: a batch baked in shows here."""
+    """The same samples one at a time, in twos and in sevens: a batch baked in shows here.
+
+    noise: int8's own, by which answers of dynamic int8 may depend on their company.
+    """
     for kind, path in (("final float", final_float), ("int8", int8)):
         if path is None:
             continue
@@ -210,7 +220,7 @@ def _batch_rungs(
         for size, found in zip(ODD_BATCHES[1:], others, strict=True):
             name = f"{kind}, batch {size}"
             if kind == "int8":
-                yield _same_answers(name, above, single, found, noise=0.0)
+                yield _same_answers(name, above, single, found, noise=noise)
             else:
                 yield _float_rung(name, above, single, found, floor)
 
