@@ -172,7 +172,8 @@ def int8_files(name: str, given: argparse.Namespace, *, mark: str) -> tuple[dict
     dynamic = quantize_dynamically(read_model(source), encoding=encoding)
     write_model(dynamic.model, paths[DYNAMIC])
     ready = others / "ready.onnx"
-    quant_pre_process(str(source), str(ready))
+    # its symbolic shape inference gives up on a free length
+    quant_pre_process(str(source), str(ready), skip_symbolic_shape=True)
     quantize_static(str(ready), str(paths[ORT_STATIC]), Reader(source, samples))
     quantize_dynamic(str(ready), str(paths[ORT_DYNAMIC]))
     if given.nncf:

@@ -38,9 +38,9 @@ def render_rescue(result: dict[str, Any]) -> list[str]:
         "",
         "A narrow depthwise-separable net, trained here on CIFAR-10, whose channels were then "
         f"given scales {result['decades']:.0f} decades apart without changing what it computes. "
-        f"Layers return to float until validation loses no more than 0.5 points: here "
-        f"{', '.join(f'`{name}`' for name in result['kept_float']) or 'none'}. QAT: the default of "
-        "3 epochs.",
+        f"Layers return to float until validation loses no more than 0.05 points: here "
+        f"{', '.join(f'`{name}`' for name in result['kept_float']) or 'none'}. QAT: "
+        "6 epochs.",
         *tables(result["rows"]),
     ]
 
