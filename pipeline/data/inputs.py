@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ...exporters.feeds import MASK, longest
 from ..recipe import PreprocessSpec, Tokenization
 from . import preprocess
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Preparation = PreprocessSpec | Tokenization
-
-MASK = 1  # row of the attention mask
 
 
 def to_input(contents: Array, how: Preparation) -> Array:
@@ -47,12 +46,6 @@ def to_input_tensor(contents: Tensor, how: Preparation) -> Tensor:
     if isinstance(how, PreprocessSpec):
         return preprocess.to_input_tensor(contents, how)
     return contents.long()
-
-
-def longest(tokens: Array) -> int:
-    """Tokens of the longest text, at least 1; tokens: (N, K, S)."""
-    lengths = tokens[:, MASK].sum(axis=1)
-    return max(1, int(lengths.max(initial=1)))
 
 
 def repeated_to(tokens: Array, length: int) -> Array:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...exporters.feeds import MASK
 from .augment import ViewBatch
 from .dataset import SampleSet
-from .inputs import MASK
 
 
 class TextViews:

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...exporters.feeds import MASK
 from ...exporters.reference import evaluating
 from ...models.paths import matching, near, outermost
-from ..data.inputs import MASK
 from ..errors import ModelError, RecipeError
 
 

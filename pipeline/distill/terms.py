@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ...exporters.feeds import MASK
 from ..data.augment import ViewBatch
-from ..data.inputs import MASK
 from ..training_spec import (
     AttentionSpec,
     DistillSpec,

@@ -12,10 +12,11 @@ from typing import Any
 
 from onnx import ModelProto
 
-from ...exporters.calibrate import Range, channel_statistics, doubt_about_samples, ranges_of
+from ...exporters.calibrate import Range, ranges_of
 from ...exporters.equalize import equalize
 from ...exporters.graph import matching_nodes
 from ...exporters.int8 import Quantized, encoding_for, quantize
+from ...exporters.sample_doubts import channel_statistics, doubt_about_samples
 from ..recipe import ExportSpec, QuantizeSpec, Tokenization
 from ..stage import Context
 from .result import Prepared, Source, leave, open_source

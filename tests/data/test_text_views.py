@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from edgestill.exporters.feeds import longest
 from edgestill.pipeline.data.dataset import SampleSet
-from edgestill.pipeline.data.inputs import input_shape, longest, repeated_to, to_input
+from edgestill.pipeline.data.inputs import input_shape, repeated_to, to_input
 from edgestill.pipeline.data.text_views import TextViews
 from edgestill.pipeline.data.views import lengths_of
 from edgestill.pipeline.recipe import Tokenization

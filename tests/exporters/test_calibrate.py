@@ -8,8 +8,6 @@ from edgestill.exporters.calibrate import (
     ENTROPY_BINS,
     FRACTIONS,
     activations,
-    channel_statistics,
-    doubt_about_samples,
     entropy_range,
     mse_range,
     percentile_range,
@@ -17,6 +15,7 @@ from edgestill.exporters.calibrate import (
     scale_and_zero_point,
 )
 from edgestill.exporters.rewrites import normalise
+from edgestill.exporters.sample_doubts import channel_statistics, doubt_about_samples
 from edgestill.exporters.stamp import write_model
 from edgestill.pipeline.errors import ExportError
 from onnx import TensorProto, helper, numpy_helper
