@@ -75,7 +75,7 @@ def _int8(
     if work.recipe.is_text:
         dynamic = steps.quantize_dynamic(work, data, floating, mark=mark)
         made.append(("int8 dynamic", dynamic))
-        if not costs_too_much(dynamic):
+        if not all(costs_too_much(one) for _, one in made):
             return made
     if spec.fallback and costs_too_much(made[-1][1]):
         equalized = steps.quantize_equalized(work, data, floating, mark=mark)

@@ -49,7 +49,13 @@ def test_what_was_not_asked_for_is_not_missed() -> None:
     assert unmet_wishes(Recipe.model_validate(RECIPE), LAST, dense=LAST) == []
 
 
-def int8_of(drops: dict[str, float], monkeypatch: pytest.MonkeyPatch, **spec: object) -> list[str]:
+def int8_of(
+    drops: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    is_text: bool = False,
+    **spec: object,
+) -> list[str]:
     """Names of the int8 candidates, where each stage's file loses this many points of 1,000 images.
 
     A stage that is not in `drops` has nothing to do.
@@ -68,8 +74,10 @@ def int8_of(drops: dict[str, float], monkeypatch: pytest.MonkeyPatch, **spec: ob
 
         return run
 
-    for name in ("quantize", "quantize_equalized", "fall_back", "train_qat"):
+    for name in ("quantize", "quantize_dynamic", "quantize_equalized", "fall_back", "train_qat"):
         monkeypatch.setattr(steps, name, stage(name))
+    if is_text:
+        recipe = recipe.model_copy(update={"task": "text-classification"})
     made = candidates._int8(SimpleNamespace(recipe=recipe), artifact("data"), FLOAT, mark="")
     return [name for name, _ in made]
 
@@ -97,3 +105,19 @@ def test_remedies_that_are_switched_off_are_not_tried(monkeypatch: pytest.Monkey
     assert int8_of(drops, monkeypatch, fallback=False) == ["int8", "int8 by QAT"]
     assert int8_of(drops, monkeypatch, qat=None) == INT8_NAMES[:3]
     assert int8_of(dict.fromkeys(LOSSES, 0.0), monkeypatch, mode="qat") == ["int8", "int8 by QAT"]
+
+
+@pytest.mark.parametrize("holds", ["quantize", "quantize_dynamic"])
+def test_texts_have_both_kinds_of_int8_and_one_that_holds_is_enough(
+    holds: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drops = {"quantize": 9.0, "quantize_dynamic": 9.0, "fall_back": 0.0} | {holds: 0.0}
+    assert int8_of(drops, monkeypatch, is_text=True) == ["int8", "int8 dynamic"]
+
+
+def test_texts_of_which_neither_holds_go_on_to_float_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drops = {"quantize": 9.0, "quantize_dynamic": 9.0, "fall_back": 0.0}
+    made = int8_of(drops, monkeypatch, is_text=True, qat=None)
+    assert made == ["int8", "int8 dynamic", "int8 with float layers"]
