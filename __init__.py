@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from .pipeline.errors import EdgestillError as EdgestillError
     from .pipeline.flow import run as run
     from .pipeline.gate import judge as judge
-    from .pipeline.recipe import GateSpec as GateSpec
+    from .pipeline.policy import GateSpec as GateSpec
     from .pipeline.recipe import Recipe as Recipe
     from .pipeline.recipe_file import load_recipe as load_recipe
     from .pipeline.report import Report as Report
 
 _HOMES = {
     "EdgestillError": "errors",
-    "GateSpec": "recipe",
+    "GateSpec": "policy",
     "Recipe": "recipe",
     "Report": "report",
     "judge": "gate",

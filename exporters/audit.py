@@ -22,7 +22,15 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from ..pipeline.errors import MeasurementError
 from .feeds import entry_of, is_text
-from .graph import PRODUCT_OPS, attribute, batch_size, consumers, producers
+from .graph import (
+    PRODUCT_OPS,
+    all_nodes,
+    attribute,
+    batch_size,
+    consumers,
+    producers,
+    read_model,
+)
 from .sessions import CANNOT_LOAD, DIED, one_line, open_session
 from .stamp import write_model
 
@@ -39,7 +47,7 @@ def audit(model: ModelProto) -> dict[str, Any]:
     """All of this file's figures, JSON-able. `tokens` is there for texts alone."""
     shapes, batch, tokens = _sizes(model)
     return {
-        "opset": next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0),
+        "opset": opset_of(model),
         "ir": model.ir_version,
         "parameters": count_parameters(model),
         "multiply_adds": sum(count for _, count in _by_node(model, shapes, batch)),
@@ -145,6 +153,26 @@ def initializer_bytes(model: ModelProto) -> dict[str, int]:
 def op_counts(model: ModelProto) -> dict[str, int]:
     """Nodes of the main graph by operator, sorted by name."""
     return dict(sorted(Counter(node.op_type for node in model.graph.node).items()))
+
+
+def opset_of(model: ModelProto) -> int:
+    """Version of ONNX's own operators that the file is written in; 0: it uses none."""
+    return next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+
+
+def requirements(path: Path) -> dict[str, Any]:
+    """What the file asks of the runtime that loads it: `bytes`, `opset` and `ops`, all JSON-able.
+
+    `ops` counts the nodes of every graph and function in it by `domain:operator`, sorted; ONNX's
+    own domain is `ai.onnx`. Raises: ExportError, it cannot be read.
+    """
+    model = read_model(path)
+    ops = Counter(f"{node.domain or 'ai.onnx'}:{node.op_type}" for node in all_nodes(model))
+    return {
+        "bytes": path.stat().st_size,
+        "opset": opset_of(model),
+        "ops": dict(sorted(ops.items())),
+    }
 
 
 def _sizes(model: ModelProto) -> tuple[dict[str, tuple[int, ...]], int, int | None]:

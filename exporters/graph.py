@@ -40,6 +40,10 @@ def read_model(path: Path) -> ModelProto:
         model = onnx.load(path, load_external_data=False)
     except FileNotFoundError as error:
         raise ExportError(f"{path}: no such file; expected an ONNX model") from error
+    except OSError as error:
+        raise ExportError(
+            f"{path}: cannot be read: {error.strerror}; expected an ONNX model"
+        ) from error
     except (DecodeError, ValueError) as error:
         raise ExportError(
             f"{path}: not an ONNX file ({error}); export it again or check the path"

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..pipeline.errors import ModelError, WeightsError
-from . import hf_text, hf_vocabulary
+from . import hf_embeddings, hf_text, hf_vocabulary
 from .hf_folder import PREFIX, HfFolder
 from .hf_text import TextClassifier
 from .weights import LoadReport, load_weights
@@ -146,6 +146,10 @@ def load(
         hf_vocabulary.cut_vocabulary(given, kept_ids, name)
     if keep_layers is not None:
         hf_text.cut_layers(given, keep_layers)
+    if isinstance(module, TextClassifier):
+        hf_embeddings.cut_positions(given, module.network)
+        if size := hf_embeddings.size_of(module.network):
+            hf_embeddings.factorize(given, size, name, keep=True)
     state = {f"network.{key}": tensor for key, tensor in given.state_dict().items()}
     own = module.state_dict()
     # what the folder lacks stays as `build` has drawn it, from its seed
@@ -180,7 +184,7 @@ def _load_part(
         given, _ = _pretrained(folder, kind="text", keep=False, where=where)
         if kept_ids is not None:
             hf_vocabulary.cut_vocabulary(given, kept_ids, where)
-        loaded = hf_text.project_embeddings(module, given, where)
+        loaded = hf_embeddings.project_embeddings(module, given, where)
     fresh = hf_text.begun_anew(module, loaded)
     return LoadReport(tensors=len(loaded), fresh=fresh, dropped=(), cast_from=())
 
@@ -210,16 +214,22 @@ def _from_config(folder: HfFolder, args: Mapping[str, Any], *, kind: Kind, class
     with _quiet(transformers):
         try:
             config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True)
-            _override(config, args, where)
+            options, size = (
+                hf_embeddings.split_size(config, args) if kind == "text" else (args, None)
+            )
+            _override(config, options, where)
             config.num_labels = classes
             config.architectures = config.architectures or []  # transformers reads a list
             if kind == "text":
                 hf_text.check_encoder(config, where)
-            return getattr(transformers, AUTO[kind]).from_config(
+            network = getattr(transformers, AUTO[kind]).from_config(
                 config, dtype=torch.float32, trust_remote_code=False, **OPTIONS[kind]
             )
         except _failures() as error:
             raise _no_classifier(folder, kind, where, error) from error
+    if size is not None:
+        hf_embeddings.factorize(network, size, where, keep=False)
+    return network
 
 
 def _transformers(where: str) -> Any:

@@ -2,25 +2,24 @@
 
 Layers and embeddings are found by their shape, whatever an architecture calls them. Nothing is read
 from disk here; `hf.py` builds and loads. A smaller student keeps whole layers (Sanh et al. 2019,
-DistilBERT, §2), or the folder's embeddings alone, projected to its width by truncated SVD, which
-is the best approximation of that rank (Eckart & Young 1936).
+DistilBERT, §2); what becomes of its word embeddings is in `hf_embeddings.py`.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..pipeline.errors import ModelError, WeightsError
+from .plan import Skip
 
 ROWS = ("input_ids", "attention_mask", "token_type_ids")
 # options of a configuration that hold one entry a layer (ModernBERT, Longformer)
 PER_LAYER = ("layer_types", "attention_window")
-CHUNK = 8192  # rows of a table in float64 at once
 
 
 class TextClassifier(nn.Module):
@@ -199,12 +198,15 @@ def pad_id(network: nn.Module) -> int:
 
 
 def encoder_layers(network: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Path and list of its layers: the longest outermost list of blocks of one type."""
+    """Path and list of its layers: the longest outermost list of blocks of one type, among them
+    what pruning has put in the place of others (`plan.Skip`)."""
     found: dict[str, nn.ModuleList] = {"": nn.ModuleList()}
     for path, part in network.named_modules():
         is_inside = any(path.startswith(f"{outer}.") for outer in found if outer)
-        if isinstance(part, nn.ModuleList) and not is_inside and len({*map(type, part)}) == 1:
-            found[path] = part
+        if isinstance(part, nn.ModuleList) and not is_inside:
+            kinds = {*map(type, part)} - {Skip}
+            if len(kinds) == 1:
+                found[path] = part
     longest = max(found, key=lambda path: len(found[path]))
     return longest, found[longest]
 
@@ -217,87 +219,6 @@ def _problem(keep: Sequence[int], depth: int) -> str | None:
         return f"there is no layer {wrong[0]}"
     twice = [i for i in keep if list(keep).count(i) > 1]
     return f"layer {twice[0]} is named twice" if twice else None
-
-
-# embeddings of a narrower network
-
-
-@torch.no_grad()
-def project_embeddings(module: TextClassifier, given: nn.Module, where: str) -> list[str]:
-    """Copy the word, position and type embeddings of `given` into `module`, projected to its width.
-
-    With W (V, D) the word embeddings of `given`, μ their mean and B (D, d) the first d right
-    singular vectors of W − μ: words (W − μ)·B, all other tables X·B. The mean goes, as it tells no
-    word from another. Of an equal width the tables are copied as they are. A table with fewer rows
-    gets the first ones.
-
-    Returns:
-        The names, in `module`, of what was written.
-
-    Raises:
-        WeightsError: `module` is the wider one, or has more rows.
-    """
-    theirs, own = dict(_tables(given)), dict(_tables(module.network))
-    words = next(iter(theirs))
-    table, (width, own_width) = theirs[words], (theirs[words].shape[1], own[words].shape[1])
-    if own_width > width:
-        raise WeightsError(
-            f"{where}: init: embeddings makes them narrower, and the folder's are {width} wide, "
-            f"this network's {own_width}; choose a width of at most {width}, or `init: scratch`"
-        )
-    basis = None if own_width == width else principal_directions(table, own_width)
-    written = []
-    for name, target in own.items():
-        source = theirs.get(name)
-        # MobileBERT's words are narrower than its positions, which then begin anew
-        if source is None or (source.shape[1], target.shape[1]) != (width, own_width):
-            continue
-        if len(target) > len(source):
-            raise WeightsError(
-                f"{where}: init: embeddings: {name} has {len(source)} rows in the folder and "
-                f"{len(target)} in this network; leave its number out of `args`"
-            )
-        rows = source[: len(target)]
-        if basis is not None:
-            mean = table.double().mean(0) if name == words else 0.0
-            rows = ((rows.double() - mean) @ basis).float()
-        target.copy_(rows)
-        written.append(f"network.{name}")
-    return written
-
-
-def principal_directions(table: Tensor, count: int) -> Tensor:
-    """The first right singular vectors of the table less its mean row, as columns.
-
-    They are the eigenvectors of its Gram matrix, D × D, which is far smaller than the table. The
-    largest entry of each is made positive, as a sign is free.
-
-    Args:
-        table: (V, D).
-
-    Returns:
-        float64 (D, count), orthonormal.
-    """
-    mean = table.double().mean(0)
-    gram = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-    for start in range(0, len(table), CHUNK):
-        chunk = table[start : start + CHUNK].double() - mean
-        gram += chunk.T @ chunk
-    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]  # largest first
-    largest = vectors.abs().argmax(0)
-    return vectors * vectors.gather(0, largest[None]).sign()
-
-
-def _tables(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Its input embeddings by the name of their weight; the words come first."""
-    known: Any = network
-    words = known.get_input_embeddings()
-    path = next(name for name, part in network.named_modules() if part is words)
-    yield f"{path}.weight", words.weight
-    holder = path.rpartition(".")[0]
-    for name, part in network.get_submodule(holder).named_children():
-        if isinstance(part, nn.Embedding) and part is not words:
-            yield f"{holder}.{name}.weight", part.weight
 
 
 # what a report or a message says

@@ -52,6 +52,10 @@ class Plan:
         return Plan(tuple(str(path) for path in document["removed"]), modules)
 
 
+# What attention modules call the number of their heads, and the channels of all heads together.
+HEADS = ("num_attention_heads", "n_heads", "num_heads")
+_OF_ALL_HEADS = ("all_head_size",)
+
 # Modules that can be cut → the attributes that say their size.
 SIZES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Conv2d: ("in_channels", "out_channels", "groups"),
@@ -64,9 +68,22 @@ SIZES: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 def sizes_of(module: nn.Module) -> dict[str, int]:
-    """The module's size attributes; none if it is of no kind that can be cut."""
+    """The module's size attributes; none if it is of no kind that can be cut.
+
+    An attention that consists of Linear layers has no tensors of its own: it counts its heads.
+    """
     kind = next((kind for kind in SIZES if isinstance(module, kind)), None)
-    return {} if kind is None else {name: int(getattr(module, name)) for name in SIZES[kind]}
+    if kind is not None:
+        return {name: int(getattr(module, name)) for name in SIZES[kind]}
+    own = {name: vars(module).get(name) for name in (*HEADS, *_OF_ALL_HEADS)}
+    found = {name: size for name, size in own.items() if type(size) is int and size > 0}
+    return found if set(found) & set(HEADS) else {}
+
+
+def head_count(module: nn.Module) -> int:
+    """Heads of an attention module; 0: it is none, or does not say."""
+    sizes = sizes_of(module)
+    return next((sizes[name] for name in HEADS if name in sizes), 0)
 
 
 def all_sizes(module: nn.Module) -> dict[str, dict[str, int]]:
@@ -135,6 +152,9 @@ def resize(root: nn.Module, path: str, sizes: Mapping[str, int]) -> nn.Module:
     part = root.get_submodule(path)
     if isinstance(part, nn.MultiheadAttention | FewerHeads):
         root.set_submodule(path, FewerHeads.like(part, sizes["num_heads"]))
+        for outer, encoder in root.named_modules():
+            if isinstance(encoder, nn.TransformerEncoder) and (not outer or is_within(path, outer)):
+                encoder.use_nested_tensor = False  # the batch of padded texts that it would pack
         return root.get_submodule(path)
     for name, size in sizes.items():
         setattr(part, name, size)
@@ -254,7 +274,8 @@ def _shapes(part: nn.Module) -> dict[str, tuple[int, ...]]:
         return {"weight": (part.out_features, part.in_features), "bias": (part.out_features,)}
     if isinstance(part, nn.GroupNorm):
         return {"weight": (part.num_channels,), "bias": (part.num_channels,)}
-    assert isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d)
+    if not isinstance(part, nn.BatchNorm1d | nn.BatchNorm2d):
+        return {}  # an attention that counts its heads
     names = ("weight", "bias", "running_mean", "running_var")
     return dict.fromkeys(names, (part.num_features,))
 

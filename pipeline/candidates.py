@@ -14,8 +14,8 @@ from dataclasses import asdict
 from typing import Any
 
 from . import steps
-from .measure.latency import Row
 from .measure.latency import measure_latency as measure
+from .measure.turns import Row
 from .quantize.result import exceeds
 from .recipe import Recipe
 from .record import Candidate, Chosen

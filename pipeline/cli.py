@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .. import __version__
-from .errors import EdgestillError, Interrupted, RecipeError, UsageError, UserError
+from .cli_gate import gate, report
+from .cli_options import given, preparation_options
+from .cli_profile import devices, profile
+from .cli_verify import verify
+from .errors import EdgestillError, Interrupted, UsageError, UserError
 from .stage import launched
 
 if TYPE_CHECKING:
-    from .file_recipe import Given
-    from .recipe import GateSpec, Recipe
+    from .recipe import Recipe
     from .report import Report
 
 # What the operating system says when the user's disk or folder is at fault, not we.
@@ -36,6 +39,7 @@ Examples:
   torchrun --nproc-per-node 2 -m edgestill run recipe.yaml
   compress init --model resnet18 --weights w.pth --data photos/
   compress gate out/ --policy release.yaml   judge again; the exit code is the verdict
+  compress profile out/model.onnx --device pi5
 
 \b
 Exit codes: 0 passed · 1 gate failed · 2 recipe, data or weights wrong · 3 inconclusive ·
@@ -73,6 +77,12 @@ def cli() -> None:
     """Make a small .onnx of a large teacher or a trained net, and prove that it is good enough."""
 
 
+cli.add_command(gate)
+cli.add_command(report)
+cli.add_command(verify)
+cli.add_command(profile)
+cli.add_command(devices)
+
 SHARED_OPTIONS = (
     click.option(
         "-o",
@@ -93,21 +103,6 @@ SHARED_OPTIONS = (
     click.option("-q", "--quiet", is_flag=True, help="Print only the verdict."),
     click.option("--log-json", is_flag=True, help="Print one JSON object a line, for machines."),
 )
-
-
-# How the images of a file that somebody else exported are prepared.
-PREPARATION_OPTIONS = (
-    click.option("--mean", metavar="LIST", help="Of the training, in units of pixel / 255."),
-    click.option("--std", metavar="LIST", help="Likewise."),
-    click.option("--resize", type=click.IntRange(min=1), help="Shorter side, in pixels."),
-    click.option("--crop", type=click.IntRange(min=1), help="Centre crop, in pixels."),
-)
-
-
-def _preparation(command: Callable[..., int]) -> Callable[..., int]:
-    for option in reversed(PREPARATION_OPTIONS):
-        command = option(command)
-    return command
 
 
 def _shared(command: Callable[..., int]) -> Callable[..., int]:
@@ -139,7 +134,7 @@ def run(recipe: str, **shared: Any) -> int:
     metavar="LIST",
     help="CPUs that must compute the same: arm, x86, x86-vnni.",
 )
-@_preparation
+@preparation_options
 @_shared
 def quantize(
     model: Path,
@@ -155,16 +150,17 @@ def quantize(
     """Make int8 of a float MODEL.onnx of your own, prove it and publish it. Needs no torch."""
     from .file_recipe import recipe_for_file
 
-    given = _given(data, test, mean=mean, std=std, resize=resize, crop=crop)
+    said = given(data, test, mean=mean, std=std, resize=resize, crop=crop)
     overrides = shared.pop("overrides")
-    wish = recipe_for_file(model, given, targets=targets.split(","), overrides=overrides)
+    wish = recipe_for_file(model, said, targets=targets.split(","), overrides=overrides)
     return _follow(wish, str(model), **shared)
 
 
 def _follow(wish: Recipe, name: str, out: Path, *, fresh: bool, quiet: bool, log_json: bool) -> int:
     """Do what a recipe asks for, and say what came of it."""
     from .console import Console
-    from .release import MODEL, REJECTED
+    from .release import MANIFEST, MODEL, REJECTED
+    from .workspace import file_sha256
 
     run_flow: Callable[..., Report | None]
     if wish.student.is_onnx:
@@ -179,38 +175,9 @@ def _follow(wish: Recipe, name: str, out: Path, *, fresh: bool, quiet: bool, log
         return 0  # a process that helped with training; the first one reports
     assert report.verdict is not None
     passed = report.verdict.outcome == "pass"
-    console.verdict(report, where=str(out / (MODEL if passed else REJECTED)))
+    where = str(out / (MODEL if passed else REJECTED))
+    console.verdict(report, where=where, manifest_sha256=file_sha256(out / MANIFEST))
     return report.verdict.exit_code
-
-
-def _given(
-    data: str,
-    test: str | None,
-    *,
-    mean: str | None,
-    std: str | None,
-    resize: int | None,
-    crop: int | None,
-) -> Given:
-    from .file_recipe import Given
-
-    return Given(
-        data,
-        test,
-        mean=_numbers("--mean", mean),
-        std=_numbers("--std", std),
-        resize=resize,
-        crop=crop,
-    )
-
-
-def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
-    try:
-        return None if text is None else tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(
-            f"{option}: expected numbers with commas between them, got {text!r}"
-        ) from None
 
 
 @cli.command()
@@ -247,87 +214,17 @@ def init(
 
 
 @cli.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--data", help="Images to measure shares of time and saturation with.")
-@_preparation
-def verify(model: Path, data: str | None, **preparation: Any) -> int:
-    """Audit MODEL.onnx: what runs in int8 kernels on this machine, what does not, and why."""
-    from .file_recipe import preprocess_of
-    from .measure.machine import available_threads
-    from .recipe import PreprocessSpec
-    from .verify.file import audit_file
-
-    preprocess = None
-    if data is not None:
-        said = preprocess_of(model, _given(data, None, **preparation))
-        preprocess = PreprocessSpec.model_validate(said)
-    threads = available_threads()
-    folder = None if data is None else Path(data)
-    click.echo(audit_file(model, data=folder, preprocess=preprocess, threads=threads))
-    return 0
-
-
-@cli.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option(
-    "--policy",
-    type=click.Path(path_type=Path),
-    help="YAML of limits; replaces the recipe's gate, never merges with it.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the verdict as JSON.")
-def gate(folder: Path, policy: Path | None, as_json: bool) -> int:
-    """Judge the run in FOLDER again; the exit code is the verdict. Renames nothing."""
-    from .gate import judge, unmeasured
-    from .release import read_release
-
-    report = read_release(folder)
-    limits = _policy(report, policy)
-    if problems := unmeasured(report, limits):
-        name = policy.name if policy else "gate"
-        raise RecipeError("\n".join(f"{name}: {problem}" for problem in problems))
-    verdict = judge(report, limits)
-    if as_json:
-        click.echo(json.dumps(verdict.model_dump(mode="json"), indent=1))
-    else:
-        for check in verdict.checks:
-            click.echo(f"{check.outcome.upper():<12} {check.name}: {check.text}")
-        click.echo(f"verdict: {verdict.outcome.upper()} (exit {verdict.exit_code})")
-    return verdict.exit_code
-
-
-@cli.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print report.json instead of Markdown.")
-def report(folder: Path, as_json: bool) -> int:
-    """Print the report of the run in FOLDER, after checking it against its manifest."""
-    from .markdown import to_markdown
-    from .release import REPORT, read_release
-
-    found = read_release(folder)
-    click.echo((folder / REPORT).read_text("utf-8") if as_json else to_markdown(found), nl=False)
-    return 0
-
-
-@cli.command()
 @click.argument("kind", type=click.Choice(["report", "recipe", "policy"]), default="report")
 def schema(kind: str) -> int:
     """Print the JSON schema of report.json, of a recipe, or of a gate policy."""
-    from .recipe import GateSpec, Recipe
+    from .policy import GateSpec
+    from .recipe import Recipe
     from .report import Report
     from .spec import Spec
 
     models: dict[str, type[Spec]] = {"report": Report, "recipe": Recipe, "policy": GateSpec}
     click.echo(json.dumps(models[kind].model_json_schema(), indent=1))
     return 0
-
-
-def _policy(report: Report, path: Path | None) -> GateSpec:
-    from .recipe import GateSpec
-    from .recipe_file import read_document, validate
-
-    if path is None:
-        return GateSpec.model_validate(report.recipe["gate"])
-    return validate(GateSpec, read_document(path))
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..models.hf_folder import find_folder
 from .strategy import choose
-from .training_spec import TAUGHT, AugmentSpec, FeatureSpec, SoftSpec, TokenSpec
+from .training_spec import TAUGHT, FeatureSpec, SoftSpec, TokenSpec
 
 if TYPE_CHECKING:
     from .recipe import PreprocessSpec, Recipe
@@ -25,6 +25,7 @@ def conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
 
 def _image_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
     data, networks = recipe.data, [*recipe.teachers, recipe.student]
+    trained = [n.train for n in networks] + [recipe.distill]
     for_texts = [name for name in ("tokenize", "text", "pair", "label") if getattr(data, name)]
     terms = () if recipe.distill is None else choose(recipe.distill).objectives
     tokens = [term.name for term in terms if isinstance(term, TokenSpec)]
@@ -38,6 +39,10 @@ def _image_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
             bool(for_texts),
             f"data.{for_texts[0] if for_texts else ''}: is of texts, and the task is "
             f"{recipe.task}; set `task: text-classification`, or leave it out",
+        ),
+        (
+            any(t is not None and t.augment.of_texts for t in trained),
+            "augment.mask and span: are of texts; leave them out for images",
         ),
         (
             any(n.keep_layers is not None or n.init != "weights" for n in networks),
@@ -69,12 +74,13 @@ def _text_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
             "data.preprocess: is of images; texts have `tokenize`",
         ),
         (
-            any(t is not None and t.augment != AugmentSpec() for t in trained),
-            "augment: is of images; texts have no views but themselves, leave it out",
+            any(t is not None and t.augment.of_images for t in trained),
+            "augment: crops, flips and mixes are of images; texts have `mask` and `span`",
         ),
         (
-            recipe.distill is not None and recipe.distill.views != 1,
-            "distill.views: texts have no views but themselves; leave it out",
+            (d := recipe.distill) is not None and d.views != 1 and not d.augment.of_texts,
+            "distill.views: every view of a text is the text itself; leave it out, or set "
+            "`augment: {mask: 0.1, span: 0.25}`",
         ),
         (
             any(n.is_program or n.is_onnx for n in networks),
@@ -106,10 +112,6 @@ def _text_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
             bool(maps),
             f"distill.objectives: {', '.join(maps)} compares feature maps of images; texts have "
             "`hidden` and `relations`",
-        ),
-        (
-            recipe.prune is not None,
-            "prune: text encoders are made smaller by `student.keep_layers`; leave `prune` out",
         ),
         (
             recipe.quantize is not None and recipe.quantize.mode == "qat",
@@ -296,7 +298,7 @@ def _distill_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
 
 
 def _gate_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
-    gate = recipe.gate
+    gate, measured = recipe.gate, () if recipe.profile is None else recipe.profile.devices
     return [
         (
             gate.max_quantization_drop_points is not None and recipe.quantize is None,
@@ -308,10 +310,32 @@ def _gate_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
             "gate.min_int8_share: nothing is quantized, so the share is 0; add a `quantize:` "
             "section or remove the limit",
         ),
+        *(
+            (
+                getattr(gate, limit) is not None
+                and recipe.profile is None
+                and gate.latency == "required",
+                f"gate.{limit}: `profile` is null, so latency would never be measured; remove "
+                "`profile: null` or the limit, or say `latency: not-here`",
+            )
+            for limit in ("min_speedup", "max_p90_ms", "max_peak_rss_bytes")
+        ),
+        *(
+            (
+                device not in measured and gate.latency == "required",
+                f"gate.devices.{device}: would never be measured; measured on: "
+                f"{', '.join(measured) or 'no device (`profile` is null)'}",
+            )
+            for device in gate.devices
+        ),
         (
-            gate.min_speedup is not None and recipe.profile is None,
-            "gate.min_speedup: `profile` is null, so latency would never be measured; remove "
-            "`profile: null` or the limit",
+            gate.baseline is not None,
+            "gate.baseline: a run has no earlier release to compare with; write the section into a "
+            "policy file: compress gate DIR --policy FILE --baseline OLD_DIR",
+        ),
+        (
+            gate.min_cpu_agreement is not None,
+            "gate.min_cpu_agreement: a run sees no other CPU; write the limit into a policy file",
         ),
     ]
 

@@ -102,10 +102,11 @@ class Console:
         self.record("message", text=text)
         self._say(text)
 
-    def verdict(self, report: Report, *, where: str) -> None:
-        """The one table a person understands, then the verdict."""
+    def verdict(self, report: Report, *, where: str, manifest_sha256: str) -> None:
+        """The one table a person understands, then the verdict, and what vouches for the files."""
         if self._json:
-            self.record("verdict", model=where, **_verdict_fields(report))
+            hashed = {"manifest_sha256": manifest_sha256}
+            self.record("verdict", model=where, **hashed, **_verdict_fields(report))
             return
         outcome = "" if report.verdict is None else report.verdict.outcome.upper()
         if self._quiet:
@@ -119,6 +120,7 @@ class Console:
                     f"{check.outcome.upper():<12} {check.name}: {check.text}", markup=False
                 )
         self._out.print(f"\n{outcome}: {where}", markup=False)
+        self._out.print(f"manifest.json sha256: {manifest_sha256}", markup=False, soft_wrap=True)
 
     def _say(self, text: str) -> None:
         if not self._quiet and not self._json:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import candidates, record, steps
+from . import candidates, record, release, steps
 from .gate import judge
+from .gates.evidence import Evidence
+from .gates.samples import read_samples
 from .record import Candidate
 from .report import Report
 from .stage import Artifact
@@ -40,6 +43,12 @@ def deliver(
     report = record.write_report(
         work.recipe, data, models, evidence, latency, done=work.done, notes=work.notes
     )
-    report = report.model_copy(update={"verdict": judge(report, work.recipe.gate)})
+    grounds = Evidence(
+        report=report,
+        samples=read_samples(evidence.path / release.SAMPLES),
+        baseline=None,
+        today=datetime.date.today(),
+    )
+    report = report.model_copy(update={"verdict": judge(grounds, work.recipe.gate)})
     record.publish(folder, models, evidence, report, beside=steps.files_beside(work, data, models))
     return report

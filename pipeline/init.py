@@ -7,16 +7,13 @@ silently: preprocessing stands in the recipe with the accuracy it was chosen by.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 
-from ..models.hf_folder import PREFIX as HF
 from ..models.hf_folder import find_folder
 from ..models.source import Network, open_network
 from .data.look import Look, inputs_of, look_at, source_at
@@ -24,9 +21,11 @@ from .data.readers import open_source
 from .distill.networks import load_given
 from .errors import OutputError
 from .file_recipe import TEST_FRACTION
-from .gate import provable_drop
 from .measure.accuracy import run_module
 from .recipe import PreprocessSpec, StudentSpec
+from .recipe_file import absolute
+from .recipe_writing import proposed_limit, relative, relative_model, scalar
+from .text_init import is_about_texts, text_recipe
 from .workspace import write_atomically
 
 BATCH = 32
@@ -40,8 +39,6 @@ CONVENTIONS = {
     "[-1, 1], BGR": ("bgr", (0.5,) * 3, (0.5,) * 3),
     "[0, 1], BGR": ("bgr", (0.0,) * 3, (1.0,) * 3),
 }
-LIMITS = (1.0, 1.5, 2.0, 3.0, 5.0)  # points; the first that the test set can decide is proposed
-USUAL_FLIPS = 0.04  # share of answers that int8 usually changes on nets of a few classes
 
 
 def write_recipe(
@@ -54,6 +51,21 @@ def write_recipe(
     """
     if out.exists():
         raise OutputError(f"{out}: exists already and is not overwritten; choose another with -o")
+    found = absolute(model, Path.cwd(), is_model=True)
+    if is_about_texts(data, find_folder(found)):
+        lines, text = text_recipe(model, weights=weights, data=data, test=test, size=size, out=out)
+    else:
+        lines, text = _image_recipe(
+            model, weights=weights, data=data, test=test, size=size, out=out
+        )
+    write_atomically(out, text.encode())
+    return [*lines, f"wrote {out}; next: compress run {out}"]
+
+
+def _image_recipe(
+    model: str, *, weights: Path | None, data: Path, test: Path | None, size: int | None, out: Path
+) -> tuple[list[str], str]:
+    """What was found, a line each, and the recipe."""
     look = look_at(source_at(data))
     side = size or look.usual_side
     base = out.resolve().parent
@@ -63,25 +75,24 @@ def write_recipe(
         if test
         else round(TEST_FRACTION * len(look.source.labels))
     )
-    limit = _limit(n_test)
     spec = StudentSpec(
-        model=_absolute_model(model, Path.cwd()), weights=None if weights is None else str(weights)
+        model=absolute(model, Path.cwd(), is_model=True),
+        weights=None if weights is None else str(weights),
     )
     preprocess, reason = _preprocess(spec, look=look, side=side)
     lines.append(reason)
     text = _render(
-        model=_relative_model(model, base),
-        weights=None if weights is None else _relative(weights, base),
-        data=_relative(data, base),
-        test=None if test is None else _relative(test, base),
+        model=relative_model(model, base),
+        weights=None if weights is None else relative(weights, base),
+        data=relative(data, base),
+        test=None if test is None else relative(test, base),
         preprocess=preprocess,
         found=lines,
-        limit=limit,
+        limit=proposed_limit(n_test),
         n_test=n_test,
         trained=spec.is_trained,
     )
-    write_atomically(out, text.encode())
-    return [*lines, f"wrote {out}; next: compress run {out}"]
+    return lines, text
 
 
 def _describe(look: Look, data: Path) -> str:
@@ -96,11 +107,6 @@ def _describe(look: Look, data: Path) -> str:
         f"{data}: {len(look.source.labels)} images in {len(look.source.class_names)} classes "
         f"({counts.min()} to {counts.max()} a class); {shape} ({len(look.images)} looked at)"
     )
-
-
-def _limit(n_test: int) -> float:
-    provable = 100 * provable_drop(n_test, flips=USUAL_FLIPS, confidence=0.95)
-    return next((limit for limit in LIMITS if limit >= provable), LIMITS[-1])
 
 
 def _preprocess(
@@ -160,27 +166,6 @@ def _answers(
     return torch.cat(answers).numpy()
 
 
-def _relative(path: Path, base: Path) -> str:
-    if str(path) == "digits":
-        return "digits"
-    return os.path.relpath(path.expanduser().resolve(), base)
-
-
-def _absolute_model(model: str, base: Path) -> str:
-    if model.startswith(HF):
-        return HF + os.path.normpath(base / Path(model.removeprefix(HF)).expanduser())
-    if model.endswith(".pt2") or ".py:" in model:
-        return os.path.normpath(base / Path(model).expanduser())
-    return model
-
-
-def _relative_model(model: str, base: Path) -> str:
-    absolute = _absolute_model(model, Path.cwd())
-    if absolute.startswith(HF):
-        return HF + os.path.relpath(absolute.removeprefix(HF), base)
-    return model if absolute == model else os.path.relpath(absolute, base)
-
-
 def _render(
     *,
     model: str,
@@ -194,10 +179,10 @@ def _render(
     trained: bool,
 ) -> str:
     comments = "\n".join(f"# {line}" for line in found)
-    tested = f"{{path: {_scalar(test)}}}" if test else f"{{fraction: {TEST_FRACTION}}}"
-    student = [f"  model: {_scalar(model)}"]
+    tested = f"{{path: {scalar(test)}}}" if test else f"{{fraction: {TEST_FRACTION}}}"
+    student = [f"  model: {scalar(model)}"]
     if weights is not None:
-        student.append(f"  weights: {_scalar(weights)}")
+        student.append(f"  weights: {scalar(weights)}")
     if not trained:
         student.append(
             "  train:                             # learnt from the labels; add a `teacher:` "
@@ -211,7 +196,7 @@ def _render(
 task: image-classification
 seed: 0
 data:
-  train: {{path: {_scalar(data)}}}
+  train: {{path: {scalar(data)}}}
   test: {tested:<35}# {"its own set" if test else "of train, by content hash"}; {n_test} images
   validation: 0.1                      # of train; model selection sees it, never test
   calibration: 512                     # samples of train that set the int8 ranges
@@ -233,12 +218,6 @@ def _preprocess_section(spec: PreprocessSpec | None, trained: bool) -> str:
         return ""
     kept: Mapping[str, object] = spec.model_dump(mode="json", exclude_none=True)
     order = ("resize", "crop", "interpolation", "antialias", "channels", "mean", "std")
-    rows = [f"    {key}: {_scalar(kept[key])}" for key in order if key in kept]
+    rows = [f"    {key}: {scalar(kept[key])}" for key in order if key in kept]
     why = "  # must be what the net was trained with" if trained else ""
     return "\n".join([f"  preprocess:{why}", *rows]) + "\n"
-
-
-def _scalar(value: object) -> str:
-    """A value as YAML on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True)
-    return text.removesuffix("...\n").strip()

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import nn
 
 from ..models.hf_text import check_vocabulary
+from ..models.plan import is_within
 from ..models.source import open_network
 from .data.dataset import Data
 from .distill.label_store import network_sha256
@@ -21,14 +22,16 @@ from .distill.labels import store_labels as store
 from .distill.networks import load_given
 from .distill.student import JOINT_TEACHER, Lessons, check_lessons
 from .distill.student import train_student as train
+from .distill.taps import find_taps
 from .distill.teacher import prepare_teacher as teach
-from .prune.protect import find_protected
-from .prune.trace import find_groups
+from .errors import RecipeError
+from .prune.stage import check_prunable
+from .prune.trace import Groups
 from .recipe import NetworkSpec, Recipe, TeacherSpec, Tokenization
 from .stage import Artifact
 from .strategy import Plan, choose
 from .train.schedule import peak_lr
-from .training_spec import TAUGHT, DistillSpec, TrainSpec
+from .training_spec import TAUGHT, DistillSpec, RelationsSpec, TrainSpec
 from .work import Work, memory_budget, network_reads, numbered, open_sets, run_stage
 from .workspace import file_sha256, tree_sha256
 
@@ -45,8 +48,34 @@ def check_before_training(work: Work, data: Artifact) -> None:
         by = list(modules.values()) or [student]  # its own former generation
         check_lessons(_plan(work), student, by, input_shape=opened.input_shape)
     if work.recipe.prune is not None:
-        protected = find_protected(student, work.recipe.prune.protect)
-        find_groups(student, opened.input_shape, protect=protected)
+        groups, blocks = check_prunable(student, work.recipe.prune, opened)
+        if work.recipe.teachers and work.recipe.distill is not None:
+            check_recovery(_plan(work), student, groups, blocks)
+
+
+def check_recovery(plan: Plan, student: nn.Module, groups: Groups, blocks: Sequence[str]) -> None:
+    """What is left after pruning can be taught by the same objectives.
+
+    Raises:
+        RecipeError: one compares a layer that may leave, or splits widths that will not divide.
+    """
+    for term in plan.features:
+        where = f"distill.objectives.{term.name}"  # type: ignore[attr-defined]
+        for tap in find_taps(student, term.student, where=where) if term.student else ():
+            inside = next((one for one in blocks if tap != one and is_within(tap, one)), None)
+            if inside is not None:
+                raise RecipeError(
+                    f"{where}.student: {tap} is inside {inside}, which pruning may remove; list it "
+                    "under prune.protect too, or set prune.blocks: false"
+                )
+        widths = [w for group in groups.free if (w := group.head_width)]
+        heads = term.heads if isinstance(term, RelationsSpec) else None
+        if heads is not None and any(width % heads for width in widths):
+            raise RecipeError(
+                f"{where}.heads: {heads} relation heads do not divide what pruning may leave of "
+                f"heads that are {min(widths)} wide; leave `heads` out, or list the attention "
+                "under prune.protect"
+            )
 
 
 def prepare_teachers(work: Work, data: Artifact) -> list[Artifact]:

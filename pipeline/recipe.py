@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from ..models.hf_folder import PREFIX as HF
 from ..models.hf_folder import find_folder
+from .policy import GateSpec
 from .spec import Fraction, Positive, Size, Spec
 from .text_defaults import with_text_defaults
 from .training_spec import DistillSpec, TrainSpec
@@ -83,6 +84,9 @@ class Tokenization(Spec):
     max_length: Size
     pad: Literal["longest", "max_length"]
     rows: tuple[str, ...]  # names of the network's inputs, in this order
+    # for views to train on: what stands for a hidden piece, and what frames a text
+    mask_id: Annotated[int, Field(ge=0)] | None = None
+    special_ids: tuple[int, ...] = ()
 
 
 class SourceSpec(Spec):
@@ -181,8 +185,9 @@ class NetworkSpec(Spec):
 
     @property
     def is_trained(self) -> bool:
-        """It answers as it is: nothing of it has been left out or begins anew."""
+        """It answers as it is: nothing of it has been left out, approximated or begins anew."""
         whole = self.init == "weights" and self.keep_layers is None
+        whole = whole and "embedding_size" not in self.args
         return bool(self.weight_files) and whole
 
 
@@ -205,7 +210,8 @@ class PruneSpec(Spec):
     """Whole channels, attention heads, FFN units and blocks leave; the rest is taught to recover.
 
     One target is named: the share that stays of multiply-adds, of parameters, or of latency (p50
-    of the float ONNX here, batch 1, one thread).
+    of the float ONNX here, batch 1, one thread). A text counts at the data's longest, and is timed
+    at the first of `profile.sequences`.
     """
 
     macs: Fraction | None = None
@@ -309,28 +315,6 @@ class ProfileSpec(Spec):
     runs: Annotated[int, Field(ge=20)] = 200  # timed inferences a model, launch and thread count
     # of texts: tokens; the first counts for the speed-up, the others are timed on one thread
     sequences: tuple[Size, ...] = Field((32,), min_length=1)
-
-
-class GateSpec(Spec):
-    """What must hold for `model.onnx` to appear."""
-
-    max_drop_points: Annotated[float | None, Field(ge=0, le=100)] = 1.0
-    max_quantization_drop_points: Annotated[float | None, Field(ge=0, le=100)] = None
-    min_speedup: Positive | None = None
-    min_int8_share: Fraction | None = None  # of multiply-adds, in int8 kernels
-    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
-
-    @model_validator(mode="after")
-    def _judges_something(self) -> Self:
-        limits = (
-            self.max_drop_points,
-            self.max_quantization_drop_points,
-            self.min_speedup,
-            self.min_int8_share,
-        )
-        if all(limit is None for limit in limits):
-            raise ValueError("every limit is null: a gate that judges nothing would pass anything")
-        return self
 
 
 def _one_or_many(value: object) -> str:

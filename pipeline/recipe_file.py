@@ -23,6 +23,7 @@ from pydantic_core import ErrorDetails
 from ..models.hf_folder import PREFIX as HF
 from ..models.hf_folder import find_folder
 from .errors import RecipeError
+from .policy import GateSpec
 from .recipe import Recipe
 from .training_spec import objective_names
 
@@ -36,7 +37,11 @@ PATHS = {
     *((network, key) for network in ("teacher", "student") for key in ("model", "weights")),
     ("data", "tokenize", "tokenizer"),
     ("data", "tokenize", "keep"),
+    ("gate", "metrics", "metric"),
+    ("gate", "slices", "file"),
 }
+# … of these, others may be a name that is no path
+NAMED = ("model", "tokenizer", "metric")
 PACKAGE = "package:"  # hf:package:NAME/FOLDER, inside an installed Python package
 
 Location = tuple[str | int, ...]
@@ -83,9 +88,15 @@ class Document:
     lines: Mapping[Location, int]
 
 
-def read_document(path: Path) -> Document:
-    """A YAML file of mappings, e.g. a policy. Raises RecipeError as `load_recipe` does."""
-    return _read(path, path.name)
+def load_policy(path: Path) -> GateSpec:
+    """The policy in file `path`: the keys of a recipe's `gate`, paths against its own folder.
+
+    Raises:
+        RecipeError: no such file, not YAML, or anything in it is wrong (all problems at once).
+    """
+    document = _read(path, path.name)
+    _resolve_paths(document.data, ("gate",), path.resolve().parent)
+    return validate(GateSpec, document)
 
 
 def validate(model: type[M], document: Document) -> M:
@@ -198,7 +209,7 @@ def _resolve_paths(
             if isinstance(one, dict):
                 _resolve_paths(one, here, base)
         if isinstance(value, str) and here in PATHS:
-            section[key] = _absolute(value, base, is_model=key in ("model", "tokenizer"))
+            section[key] = absolute(value, base, is_model=key in NAMED)
 
 
 def _take_preprocess(document: Document) -> None:
@@ -226,11 +237,12 @@ def _take_preprocess(document: Document) -> None:
     data["preprocess"] = found[first]
 
 
-def _absolute(value: str, base: Path, *, is_model: bool) -> str:
+def absolute(value: str, base: Path, *, is_model: bool) -> str:
+    """A path, or the reference of a network, that is written relative to `base`."""
     if is_model and value.startswith(HF + PACKAGE):
         return HF + _in_package(value.removeprefix(HF + PACKAGE))
     if is_model and value.startswith(HF):
-        return HF + _absolute(value.removeprefix(HF), base, is_model=False)
+        return HF + absolute(value.removeprefix(HF), base, is_model=False)
     if is_model and not (value.endswith((".pt2", ".onnx", ".json")) or ".py:" in value):
         return value  # a zoo name
     if not is_model and value in BUILT_IN_DATA:

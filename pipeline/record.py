@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .. import __version__
 from . import release
 from .markdown import to_markdown
@@ -18,6 +16,7 @@ from .measure.machine import describe_machine
 from .recipe import Recipe
 from .report import (
     CandidateRecord,
+    FileRecord,
     LatencyRecord,
     Report,
     Role,
@@ -162,7 +161,14 @@ def write_report(
         parity=found["parity"],
         latency=() if latency is None else latency.rows,
         speedup=None if latency is None else latency.speedup,
+        file=_file_record(models.deployed.path / "model.onnx"),
     )
+
+
+def _file_record(path: Path) -> FileRecord:
+    from ..exporters.audit import requirements  # onnx, which `record` needs nowhere else
+
+    return FileRecord.model_validate(requirements(path))
 
 
 def publish(
@@ -179,7 +185,6 @@ def publish(
         beside: further files that the model is used with.
     """
     assert report.verdict is not None
-    recipe = yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True)
     return release.publish(
         folder,
         model=models.deployed.path / "model.onnx",
@@ -187,7 +192,7 @@ def publish(
         files={
             "model.fp32.onnx": models.floating.path / "model.onnx",
             **_network_files(models.student),
-            "recipe.yaml": recipe,
+            "recipe.yaml": report.recipe_yaml,
             release.SAMPLES: evidence.path / release.SAMPLES,
             release.REPORT: report.model_dump_json(indent=1) + "\n",
             "report.md": to_markdown(report),

@@ -2,22 +2,33 @@
 
 `model.onnx` appears last, by one rename, after report and manifest, and only on a PASS; anything
 else leaves `rejected.onnx`. So a script that copies `model.onnx` can ship neither a model that
-failed nor yesterday's. The manifest detects accidents, not somebody who can rewrite it.
+failed nor yesterday's. What the manifest detects is in `manifest.py`; that the files agree with one
+another, in `consistency.py`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
+from .. import __version__
 from .errors import IntegrityError, UsageError
+from .manifest import Manifest, check_files, manifest_bytes, read_manifest
 from .report import Report
+from .signature import Signed, check_signature
 from .workspace import copy_atomically, file_sha256, write_atomically
+
+if TYPE_CHECKING:
+    from .gates.samples import Samples
 
 MODEL, REJECTED = "model.onnx", "rejected.onnx"
 REPORT, MANIFEST = "report.json", "manifest.json"
-SAMPLES, TRAINING = "samples.parquet", "training.jsonl"
+SAMPLES, TRAINING, RECIPE = "samples.parquet", "training.jsonl", "recipe.yaml"
 # In the order in which they are withdrawn: the model first.
 FILES = (
     MODEL,
@@ -31,7 +42,7 @@ FILES = (
     "student.safetensors",
     "student.json",
     "student.pt2",
-    "recipe.yaml",
+    RECIPE,
     "tokenizer.json",
     "vocab.txt",
     "labels.json",
@@ -60,79 +71,92 @@ def publish(folder: Path, *, model: Path, passed: bool, files: Mapping[str, Path
         hashes[name] = file_sha256(folder / name)
     target = folder / (MODEL if passed else REJECTED)
     hashes[target.name] = file_sha256(model)
-    manifest = {"schema_version": "edgestill-manifest/1", "sha256": dict(sorted(hashes.items()))}
-    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    write_atomically(folder / MANIFEST, manifest_bytes(hashes))
     copy_atomically(model, target)
     return target
 
 
-def read_release(folder: Path) -> Report:
-    """The report of a published run, after every file was checked against the manifest.
+@dataclass(frozen=True)
+class Release:
+    """A published run whose files are what its manifest says and agree with one another."""
+
+    folder: Path
+    model: Path  # model.onnx, or rejected.onnx
+    report: Report
+    samples: Samples
+    manifest: Manifest
+    signed: Signed | None = None  # whose signature over the manifest was checked
+
+
+def read_release(
+    folder: Path, *, manifest_sha256: str | None = None, signed: Signed | None = None
+) -> Release:
+    """A published run, after every file was checked against the manifest and the others.
+
+    Args:
+        folder: output folder of a finished run.
+        manifest_sha256: what the manifest itself must be, 64 hexadecimal digits; None: not known,
+            then a consistent forgery goes unseen (README, "What it is bound to").
+        signed: a signature over the manifest and the key that it must be of.
 
     Raises:
-        UsageError: the folder holds no run.
-        IntegrityError: a file is missing, differs from the manifest, or is no report.
+        UsageError: the folder holds no run, or `manifest_sha256` is no sha256.
+        IntegrityError: a file is missing, strange, or differs from the manifest; the report is
+            none, or of another version; or files contradict one another.
     """
+    from .consistency import check_consistency
+    from .gates.samples import read_samples
+
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; give the output folder of `compress run`")
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
+    if not (folder / MANIFEST).is_file():
         raise UsageError(
             f"{folder}: holds no finished run ({MANIFEST} is missing); run `compress run -o "
             f"{folder}` to the end first"
         )
-    for name, expected in sorted(_manifest_hashes(manifest).items()):
-        path = folder / name
-        if not path.is_file():
-            raise IntegrityError(f"{path}: is in the manifest but not in the folder")
-        if (got := file_sha256(path)) != expected:
-            raise IntegrityError(
-                f"{path}: changed since the run: sha256 {got[:12]}…, the manifest says "
-                f"{expected[:12]}…; run again"
-            )
-    for name in (MODEL, REJECTED):
-        if (folder / name).is_file() and name not in _manifest_hashes(manifest):
-            raise IntegrityError(f"{folder / name}: is not in the manifest; run again")
-    try:
-        report = Report.model_validate_json((folder / REPORT).read_bytes())
-    except ValueError as error:
+    manifest = read_manifest(folder / MANIFEST, expected_sha256=manifest_sha256)
+    if signed is not None:
+        check_signature(manifest, signed)
+    models = {MODEL, REJECTED} & set(manifest.files)
+    if not {REPORT, SAMPLES, RECIPE} <= set(manifest.files) or len(models) != 1:
         raise IntegrityError(
-            f"{folder / REPORT}: not a report this version reads: {str(error).splitlines()[0]}"
-        ) from None
-    _check_samples(folder / SAMPLES, report)
-    return report
+            f"{folder / MANIFEST}: not a manifest of a run: expected {REPORT}, {SAMPLES}, {RECIPE} "
+            f"and either {MODEL} or {REJECTED} in it"
+        )
+    check_files(manifest, ours=FILES)
+    report = _read_report(folder / REPORT)
+    release = Release(
+        folder=folder,
+        model=folder / models.pop(),
+        report=report,
+        samples=read_samples(folder / SAMPLES),
+        manifest=manifest,
+        signed=signed,
+    )
+    check_consistency(release)
+    return release
 
 
-def _check_samples(path: Path, report: Report) -> None:
-    """The counts that the gate reads must be those of the samples that they summarise."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def _read_report(path: Path) -> Report:
+    content = path.read_bytes()
+    ours = str(Report.model_fields["schema_version"].default)
     try:
-        table = pq.read_table(path)
-        labels = table["label"].to_numpy()
-        correct = {
-            role: table[f"{role}_prediction"].to_numpy() == labels
-            for pair in report.pairs
-            for role in (pair.reference, pair.candidate)
-        }
-    except (pa.ArrowException, KeyError) as error:
-        raise IntegrityError(f"{path}: does not hold the samples of {REPORT}: {error}") from None
-    for pair in report.pairs:
-        before, after = correct[pair.reference], correct[pair.candidate]
-        found = (len(labels), int((before & ~after).sum()), int((~before & after).sum()))
-        if found != (pair.n, pair.lost, pair.gained):
+        document = json.loads(content)
+        version = document.get("schema_version") if isinstance(document, dict) else None
+        if version != ours:
             raise IntegrityError(
-                f"{path}: {pair.reference} against {pair.candidate} gives n, lost, gained = "
-                f"{found}, {REPORT} says {(pair.n, pair.lost, pair.gained)}; run again"
+                f"{path}: its schema_version is {version!r}, edgestill {__version__} reads "
+                f"{ours!r}; use the edgestill that wrote it, or a newer one"
             )
+        return Report.model_validate_json(content)
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(
+            f"{path}: not a report this version reads: {_first_problem(error)}"
+        ) from None
 
 
-def _manifest_hashes(manifest: Path) -> dict[str, str]:
-    try:
-        hashes = json.loads(manifest.read_text(encoding="utf-8"))["sha256"]
-        if not {REPORT, SAMPLES} <= set(hashes) or not {MODEL, REJECTED} & set(hashes):
-            raise ValueError("report, samples or model are missing from it")
-        return dict(hashes)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(f"{manifest}: not a manifest: {error}") from None
+def _first_problem(error: Exception) -> str:
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
+    return str(error).splitlines()[0]

@@ -6,11 +6,17 @@ releases and the terminal's table read nothing but this record and `samples.parq
 
 from __future__ import annotations
 
+import datetime
 from typing import Any, Literal
+
+import yaml
+from pydantic import Field
 
 from .spec import Spec
 
 Outcome = Literal["pass", "fail", "inconclusive", "invalid"]
+# waived: not met, and the policy says who answers for it; skipped: the policy does not ask here
+CheckOutcome = Literal["pass", "fail", "inconclusive", "invalid", "waived", "skipped"]
 Role = Literal["teacher", "dense", "student", "float", "int8", "baseline"]
 
 
@@ -50,7 +56,7 @@ class PairRecord(Spec):
     n: int
     lost: int  # reference right, candidate wrong: negative flips
     gained: int  # reference wrong, candidate right
-    upper_bound_95: float  # one-sided, of the drop, as a fraction (gate.drop_upper_bound)
+    upper_bound_95: float  # one-sided, of the drop, a fraction (measure/paired.py)
 
     @property
     def drop(self) -> float:
@@ -96,10 +102,31 @@ class RungRecord(Spec):
     note: str = ""
 
 
+class FileRecord(Spec):
+    """What the deployed file asks of the runtime that loads it."""
+
+    bytes: int
+    opset: int  # of the domain ai.onnx
+    ops: dict[str, int]  # domain:operator → nodes, those inside subgraphs and functions too
+
+
+class AgreementRecord(Spec):
+    """The deployed file on another CPU: how many samples it puts into the class it does here."""
+
+    cpu: str
+    n: int
+    same_class: int
+
+
 class LatencyRecord(Spec):
     """Batch 1, one model and thread count; milliseconds, over all launches."""
 
     name: str
+    device: str = "local"
+    # proxy: another machine stands for the device; emulated: another kind of CPU does
+    measured_on: Literal["target", "proxy", "emulated"] = "target"
+    # what makes the figures say less: a launch did not settle; heat or power slowed the device down
+    doubts: tuple[Literal["unsettled", "throttled", "undervolted"], ...] = ()
     runs_in: Literal["torch", "onnxruntime"]
     threads: int
     sequence: int | None = None  # tokens of the text; None: an image
@@ -130,27 +157,57 @@ class SpeedupRecord(Spec):
     ci95: tuple[float, float]
 
 
+class PartRecord(Spec):
+    """One class of a check that looks at many."""
+
+    name: str
+    n: int
+    drop_points: float
+    p_value: float  # corrected for the number of parts
+
+
+class WaiverRecord(Spec):
+    """Who answers for a check that is not met. `outcome` is what the check found."""
+
+    outcome: Outcome
+    reason: str
+    owner: str
+    expires: datetime.date
+
+
 class Check(Spec):
     """One thing the gate looked at."""
 
     name: str
-    outcome: Outcome
+    outcome: CheckOutcome
     value: float | None
     bound: float | None  # the confidence bound that decides
     limit: float | None
     unit: str
     confidence: float | None = None
+    n: int | None = None
     needed_n: int | None = None
+    p_value: float | None = None  # of a drop: McNemar's, mid-p, two-sided
+    parts: tuple[PartRecord, ...] = ()  # the worst first
+    waiver: WaiverRecord | None = None
     text: str
 
 
 class Verdict(Spec):
-    """The gate's answer. `exit_code` is the command's."""
+    """The gate's answer, and what it is about. `exit_code` is the command's."""
 
     outcome: Outcome
     exit_code: int
     checks: tuple[Check, ...]
-    policy_sha256: str
+    confidence: float  # one-sided, of every bound
+    notes: tuple[str, ...] = ()  # what must not be overlooked
+    tool_version: str
+    model_sha256: str
+    data_sha256: str
+    recipe_sha256: str  # of recipe.yaml
+    policy_sha256: str  # paths in it replaced by the hashes of the files
+    baseline_model_sha256: str | None = None
+    files_sha256: dict[str, str] = Field(default_factory=dict)  # that the policy names
 
 
 class Report(Spec):
@@ -174,6 +231,8 @@ class Report(Spec):
     parity: tuple[RungRecord, ...]
     latency: tuple[LatencyRecord, ...]
     speedup: SpeedupRecord | None
+    file: FileRecord | None = None
+    agreements: tuple[AgreementRecord, ...] = ()
     verdict: Verdict | None = None
 
     def model(self, role: Role) -> ModelRecord:
@@ -186,3 +245,9 @@ class Report(Spec):
     def p50(self, name: str, *, threads: int) -> LatencyRecord | None:
         wanted = (name, threads)
         return next((row for row in self.latency if (row.name, row.threads) == wanted), None)
+
+    @property
+    def recipe_yaml(self) -> str:
+        """The text of `recipe.yaml`."""
+        text: str = yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True)
+        return text

@@ -6,6 +6,7 @@ imported where it is called: a float .onnx is quantized, proven and timed withou
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import time
@@ -18,9 +19,11 @@ from .data.inputs import repeated_to, to_input
 from .data.stage import prepare_data as prepare
 from .data.stage import source_fingerprint
 from .errors import UsageError
-from .gate import provable_drop
-from .measure.latency import Row, speedup
+from .gate import check_policy
 from .measure.latency import measure_latency as measure
+from .measure.latency import speedup
+from .measure.paired import provable_drop
+from .measure.turns import Row
 from .onnx_file import take_float as take
 from .quantize.dynamic import quantize_dynamic as dynamic
 from .quantize.fallback import return_to_float
@@ -49,7 +52,9 @@ def prepare_data(work: Work) -> Artifact:
 
 
 def say_what_can_be_proven(work: Work, data: Artifact) -> None:
-    """The smallest drop that this test set can prove, said before hours are spent on it."""
+    """The smallest drop that this test set can prove, said before hours are spent on it; and a gate
+    that could not be judged in the end is refused."""
+    check_policy(work.recipe.gate, today=datetime.date.today())
     gate, n = work.recipe.gate, len(open_sets(work, data).test.labels)
     if gate.max_drop_points is None:
         return
@@ -103,16 +108,18 @@ def prune(
 
     spec = work.recipe.prune
     assert spec is not None
+    sequence = _sequences(work, data)[0]
     found = run_stage(
         work,
         f"prune-{step}",
         lambda context: cut(
             network.path, dense.path, data.path, spec, step=step, context=context,
-            memory_budget_bytes=memory_budget(work),
+            memory_budget_bytes=memory_budget(work), sequence=sequence,
         ),
         reads={
             "spec": spec.model_dump(mode="json", exclude={"recover"}),
             "step": step,
+            "sequence": sequence,
             "inputs": [data.sha256, network.sha256, dense.sha256],
         },
     )  # fmt: skip

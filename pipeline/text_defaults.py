@@ -14,6 +14,7 @@ TRAINING = {
 }  # fmt: skip
 # Distillation wants a higher rate and more epochs (TextBrewer's advice, Yang et al. 2020).
 DISTILLING = {**TRAINING, "lr": 1e-4, "epochs": 10, "views": 1}
+VIEWS = 8  # where a text is seen otherwise in each
 
 
 def with_text_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
@@ -36,7 +37,9 @@ def with_text_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
     if distill is None and recipe.get("teacher"):
         distill = {}
     if isinstance(distill, dict):
-        changed["distill"] = {**DISTILLING, **distill}
+        seen_otherwise = {"mask", "span"} & set(distill.get("augment") or {})
+        views = {"views": VIEWS} if seen_otherwise else {}
+        changed["distill"] = {**DISTILLING, **views, **distill}
     if isinstance(quantize, dict):
         changed["quantize"] = {"qat": None, **quantize}
     return changed

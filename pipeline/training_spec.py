@@ -28,6 +28,8 @@ class AugmentSpec(Spec):
     erase: Annotated[float, Field(ge=0, le=1)] = 0.0  # probability of random erasing
     mixup: NotNegative = 0.0  # alpha of Beta(alpha, alpha); 0: off
     cutmix: NotNegative = 0.0
+    mask: Annotated[float, Field(ge=0, lt=1)] = 0.0  # of texts: share of their pieces hidden
+    span: Annotated[float, Field(ge=0, le=1)] = 0.0  # … probability of being cut to a run of pieces
 
     @model_validator(mode="after")
     def _one_mix(self) -> Self:
@@ -36,6 +38,16 @@ class AugmentSpec(Spec):
         if self.scale[0] >= self.scale[1]:
             raise ValueError(f"scale: {list(self.scale)} must rise from its first to its second")
         return self
+
+    @property
+    def of_texts(self) -> bool:
+        """It asks for views of texts."""
+        return bool(self.mask or self.span)
+
+    @property
+    def of_images(self) -> bool:
+        """It asks for views of images that are not the default ones."""
+        return self.model_copy(update={"mask": 0.0, "span": 0.0}) != AugmentSpec()
 
 
 class TrainSpec(Spec):

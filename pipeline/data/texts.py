@@ -123,6 +123,8 @@ def read_texts(
         max_length=length,
         pad=spec.tokenize.pad,
         rows=tokenizer.rows,
+        mask_id=tokenizer.mask_id,
+        special_ids=tokenizer.special_ids,
     )
     lengths = {part: _lengths(one) for part, one in tokens.items()}
     return ingested, made, {"lengths": lengths, **trimming}

@@ -37,6 +37,7 @@ OLDER = (
     "vocab.txt", "vocab.json", "spiece.model", "sentencepiece.bpe.model", "spm.model",
     "tokenizer.model",
 )  # fmt: skip
+MASK_TOKENS = ("[MASK]", "<mask>")  # of BERT, of RoBERTa
 _ABSURD = 10**6  # transformers writes 1e30 where it knows no longest text
 _TEXTS_AT_ONCE, _CHARACTERS_AT_ONCE = 1024, 2**20  # an encoding takes some 100 bytes a token
 # what transformers raises on a folder that it cannot use
@@ -86,6 +87,18 @@ class TextTokenizer:
     def rows(self) -> tuple[str, ...]:
         """Names of the network's inputs, in the order of `Tokens.contents`."""
         return ("input_ids", "attention_mask") + (("token_type_ids",) if self.paired else ())
+
+    @property
+    def mask_id(self) -> int | None:
+        """Of the token that stands for a hidden piece; None: it has none."""
+        ids = (self.library.token_to_id(token) for token in MASK_TOKENS)
+        return next((one for one in ids if one is not None), None)
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Of the tokens that frame every text, ascending."""
+        empty = self.library.encode("", "" if self.paired else None)
+        return tuple(sorted(set(empty.ids)))
 
     def encode(self, texts: Iterable[tuple[str, ...]], *, max_length: int | None = None) -> Tokens:
         """Tokenize, cut at `max_length` keeping the special tokens, pad to the longest.
@@ -188,6 +201,11 @@ def read_tokenizer(
         ModelError: not a tokenizer, or without a padding token.
     """
     return _opened(document, where=where, paired=paired, pad_id=pad_id, longest=longest)
+
+
+def is_tokenizer_folder(folder: Path) -> bool:
+    """It holds a tokenizer, or one that transformers converts."""
+    return any((folder / name).is_file() for name in (TOKENIZER, *OLDER))
 
 
 def choose_length(lengths: npt.NDArray[np.int64], *, longest: int | None) -> int:

@@ -1,4 +1,4 @@
-"""Views of a set to train on: augmented images, or texts as they are."""
+"""Views of a set to train on: augmented images, or texts of which pieces are hidden or left out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def open_views(
     """Replayable views; a teacher's labels and the student see the same."""
     if isinstance(how, PreprocessSpec):
         return Views(samples, how, augment, context.seed, context.device)
-    return TextViews(samples, context.device)
+    return TextViews(samples, how, augment, context.seed, context.device)
 
 
 def lengths_of(views: AnyViews, rows: Tensor | None = None) -> Tensor | None:

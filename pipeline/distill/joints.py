@@ -24,7 +24,7 @@ from ..training_spec import (
 )
 from .parts import Projector, RelationHeads, Review, TokenProjector
 from .taps import Tapped, feature_shapes, find_taps, match_stages, stage_ends
-from .token_layers import relation_heads, token_layers
+from .token_layers import has_fewer_heads, relation_heads, token_layers
 
 Shape = tuple[int, ...]
 
@@ -98,7 +98,7 @@ def join(
         )
         shapes = _shapes(student, mine, input_shape), _shapes(teacher, theirs, input_shape)
         if isinstance(term, TokenSpec):
-            part = _token_part(term, *shapes, teacher, theirs)
+            part = _token_part(term, *shapes, (student, mine), (teacher, theirs))
         else:
             part = _part(term, *shapes)
         if part is not None:
@@ -166,10 +166,10 @@ def _token_part(
     term: TokenSpec,
     student: list[Shape],
     teacher: list[Shape],
-    network: nn.Module,
-    paths: Sequence[str],
+    of_student: tuple[nn.Module, Sequence[str]],
+    of_teacher: tuple[nn.Module, Sequence[str]],
 ) -> nn.Module:
-    """`network`, `paths`: the teacher and its layers."""
+    """`of_student`, `of_teacher`: the network and its layers."""
     where = f"distill.objectives.{_name(term)}"
     for shape in (*student, *teacher):
         if len(shape) != 2:
@@ -181,7 +181,10 @@ def _token_part(
         return TokenProjector([(m[1], t[1]) for m, t in zip(student, teacher, strict=True)])
     assert isinstance(term, RelationsSpec)
     widths = [shape[1] for shape in (*student, *teacher)]
-    return RelationHeads(relation_heads(term.heads, network, paths[0], widths=widths, where=where))
+    is_cut = has_fewer_heads(of_student[0], of_student[1][0])
+    network, paths = of_teacher
+    heads = relation_heads(term.heads, network, paths[0], widths=widths, is_cut=is_cut, where=where)
+    return RelationHeads(heads)
 
 
 def _shapes(network: nn.Module, paths: list[str], input_shape: tuple[int, ...]) -> list[Shape]:

@@ -24,7 +24,7 @@ from ...exporters.reference import evaluating
 from ...models.source import Network
 from ...models.store import load_network
 from ..data.dataset import Data, open_data, with_unlabelled
-from ..data.views import AnyViews, open_views
+from ..data.views import AnyViews, lengths_of, open_views
 from ..errors import ModelError, WeightsError
 from ..measure.accuracy import logits_of_module
 from ..stage import Context
@@ -189,25 +189,32 @@ def _label_views(
 ) -> None:
     """Write every view that is missing, each whole or not at all."""
     rows, count = header["rows"], header["views"]
-    npy = {"descr": "<f2", "fortran_order": False, "shape": (rows, len(header["class_names"]))}
+    order = _order(views)
     for view in range(context.world.rank, count, context.world.size):
         path = context.resume / view_name(view)
         if path.is_file():
             continue
         temporary = path.with_name(path.name + ".part")
-        with temporary.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, npy)
-            for start in range(0, rows, BATCH):
-                indices = torch.arange(start, min(start + BATCH, rows))
-                logits = forward(
-                    network, views, indices, view=view, precision=precision, context=context
-                )
-                file.write(_to_half(logits).tobytes())
-                done = view * rows + start + len(indices)
-                context.events.progress(done, count * rows, f"view {view + 1}/{count}")
-            file.flush()
+        shape = (rows, len(header["class_names"]))
+        stored = np.lib.format.open_memmap(temporary, "w+", np.dtype("<f2"), shape)
+        for start in range(0, rows, BATCH):
+            indices = order[start : start + BATCH]
+            logits = forward(
+                network, views, indices, view=view, precision=precision, context=context
+            )
+            stored[indices.numpy()] = _to_half(logits)
+            done = view * rows + start + len(indices)
+            context.events.progress(done, count * rows, f"view {view + 1}/{count}")
+        stored.flush()
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+
+
+def _order(views: AnyViews) -> Tensor:
+    """Rows as they are labelled: texts by length, as a batch is padded to its longest."""
+    lengths = lengths_of(views)
+    return torch.arange(len(views)) if lengths is None else torch.argsort(lengths, stable=True)
 
 
 def _to_half(logits: Tensor) -> Array:

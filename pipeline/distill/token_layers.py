@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ...models.hf_text import encoder_layers
+from ...models.plan import HEADS, Skip
 from ..errors import RecipeError
 from ..training_spec import HiddenSpec, RelationsSpec, TokenSpec
 from .taps import find_taps
@@ -25,7 +26,6 @@ PROJECTIONS = (
     ("query_proj", "key_proj", "value_proj"),
     ("q_proj", "k_proj", "v_proj"),
 )
-HEADS = ("num_attention_heads", "n_heads", "num_heads")  # what an attention module calls them
 _SMALL = 12  # layers of a base-size encoder, whose last layer teaches best
 
 
@@ -87,18 +87,23 @@ def _paired(
 
 
 def layer_outputs(network: nn.Module, *, where: str) -> list[str]:
-    """Paths of the encoder's layers, first → last.
+    """Paths of the encoder's layers, first → last, without those that were pruned away.
 
     Raises:
         RecipeError: it has no list of layers.
     """
     path, layers = encoder_layers(network)
+    if not layers and any(isinstance(part, Skip) for part in network.modules()):
+        raise RecipeError(
+            f"{where}: pruning has removed every layer of {type(network).__name__}, and there is "
+            "none to compare; list one under prune.protect, or ask for more (prune.macs)"
+        )
     if not layers:
         raise RecipeError(
             f"{where}: {type(network).__name__} has no list of layers of one kind; name the "
             "modules whose outputs (N, S, D) are compared"
         )
-    return [f"{path}.{index}" for index in range(len(layers))]
+    return [f"{path}.{index}" for index, part in enumerate(layers) if not isinstance(part, Skip)]
 
 
 def embeddings_output(network: nn.Module) -> str | None:
@@ -154,13 +159,29 @@ def _check_of_tokens_alone(network: nn.Module, query: str, *, where: str) -> Non
         )
 
 
+def has_fewer_heads(network: nn.Module, query: str) -> bool:
+    """Whether pruning has taken heads from the attention of this query projection."""
+    attention = network.get_submodule(query.rpartition(".")[0])
+    config = getattr(attention, "config", None)
+    counts = ((getattr(attention, name, None), getattr(config, name, None)) for name in HEADS)
+    return any(own is not None and given is not None and own < given for own, given in counts)
+
+
 def relation_heads(
-    asked: int | None, teacher: nn.Module, query: str, *, widths: list[int], where: str
+    asked: int | None,
+    teacher: nn.Module,
+    query: str,
+    *,
+    widths: list[int],
+    is_cut: bool,
+    where: str,
 ) -> int:
-    """As many as asked for, or as the teacher's layer attends with.
+    """As many as asked for, or as the teacher's layer attends with; or the most below that divide
+    all widths, where `is_cut`.
 
     Args:
         query: path of the teacher's query projection. widths: of all projections, on both sides.
+        is_cut: the student's attention has lost heads, so that its widths are what was left.
     Raises:
         RecipeError: the layer does not say how many, or a width is not divided by them.
     """
@@ -173,6 +194,8 @@ def relation_heads(
             f"{where}: {type(attention).__name__} of the teacher does not say how many heads it "
             f"has; set `heads` to a divisor of {gcd(*widths)}"
         )
+    if is_cut and asked is None:
+        return max(count for count in range(1, heads + 1) if gcd(*widths) % count == 0)
     if any(width % heads for width in widths):
         raise RecipeError(
             f"{where}: {heads} relation heads divide not all of the widths "

@@ -36,6 +36,7 @@ class Scores:
     p_label: Array  # float32, probability of the true class
     top1_probability: Array  # float32
     margin: Array  # float32, top-1 minus top-2 probability
+    rank: Array  # int64, classes before the label; of equal logits the first class is before
     correct: Array  # bool
 
 
@@ -132,8 +133,17 @@ def score(logits: Array, labels: Array) -> Scores:
         p_label=probabilities[np.arange(len(labels)), labels].astype(np.float32),
         top1_probability=top[:, 0].astype(np.float32),
         margin=(top[:, 0] - top[:, 1]).astype(np.float32),
+        rank=_ranks(logits, labels),
         correct=prediction == labels,
     )
+
+
+def _ranks(logits: Array, labels: Array) -> Array:
+    """As `argmax` orders them, so that rank 0 is the prediction: int64, (N,)."""
+    own = logits[np.arange(len(labels)), labels][:, None]
+    is_before = np.arange(logits.shape[1]) < labels[:, None]
+    before: Array = ((logits > own) | ((logits == own) & is_before)).sum(axis=1)
+    return before
 
 
 def accuracy(logits: Array, labels: Array) -> float:

@@ -4,6 +4,9 @@ The child is `latency_agent.py`; this file starts it, exchanges JSON lines with 
 limit, and turns a death or a silence into a RuntimeFailure that says why. Children never stay
 behind: `running` ends them on every way out, and a child whose parent was killed sees the end of
 its standard input.
+
+Where the child runs is a Target: here, or what `profile/` makes of a board and of an emulator.
+Whatever starts the child there is a process here with the child's pipes, so nothing else changes.
 """
 
 from __future__ import annotations
@@ -20,11 +23,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from ..errors import MeasurementError, RuntimeFailure
 
 AGENT = Path(__file__).with_name("latency_agent.py")
+# What the agent needs beside it; all of it is standard library and Python 3.9.
+BOARD_FILES = (
+    "latency_agent.py",
+    "condition.py",
+    "machine.py",
+    "resources.py",
+    "throttling.py",
+)
 
 ANSWER_SECONDS = 300.0  # longest silence; a warm-up is 10 runs, whatever they take
 EXIT_SECONDS = 5.0  # from closing its output to being gone
@@ -43,9 +54,62 @@ SIGNALS = {
 
 
 @dataclass(frozen=True)
+class Placed:
+    """A file or folder as the agent finds it. `sha256` of a copy: the agent holds it against it."""
+
+    path: str
+    sha256: str | None = None
+
+
+class Target(Protocol):
+    """A machine on which the agent can run.
+
+    Attributes:
+        name: of the device.
+        greeting: a line that comes before the agent's first; what precedes it is thrown away,
+            for the login of a board may print. Empty: there is none.
+        live: processes that serve it now; whoever gives up ends them.
+    """
+
+    name: str
+    greeting: bytes
+    live: list[subprocess.Popen[bytes]]
+
+    def command(self) -> list[str]:
+        """Starts one agent, its pipes being those of this process."""
+
+    def place(self, path: Path) -> Placed:
+        """Where the agent finds this file or folder; brings it there if need be."""
+
+    def explain(self, code: int, words: str, *, runtime: str) -> str:
+        """Why the agent ended: its exit code and last words on standard error."""
+
+
+class Here:
+    """This machine."""
+
+    name = "local"
+    greeting = b""
+
+    def __init__(self) -> None:
+        self.live: list[subprocess.Popen[bytes]] = []
+
+    def command(self) -> list[str]:
+        # -P: the agent's folder must not shadow the modules that it imports
+        return [sys.executable, "-P", str(AGENT)]
+
+    def place(self, path: Path) -> Placed:
+        return Placed(str(path))
+
+    def explain(self, code: int, words: str, *, runtime: str) -> str:  # noqa: ARG002
+        return explain_exit(code, runtime=runtime)
+
+
+@dataclass(frozen=True)
 class Child:
     """A running agent, and for whom it runs (`who` opens every message about it)."""
 
+    target: Target
     process: subprocess.Popen[bytes]
     stderr: IO[bytes]
     who: str
@@ -91,15 +155,21 @@ class Child:
         return answer
 
     def _line(self, do: str) -> bytes:
-        assert self.process.stdout is not None
         deadline = time.monotonic() + ANSWER_SECONDS
+        if do == "start" and self.target.greeting:
+            while self._next_line(do, deadline) != self.target.greeting:
+                pass
+        return self._next_line(do, deadline)
+
+    def _next_line(self, do: str, deadline: float) -> bytes:
+        assert self.process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             while b"\n" not in self.pending:
                 if not selector.select(max(deadline - time.monotonic(), 0.0)):
                     raise RuntimeFailure(
                         f"{self.who}: no answer to `{do}` within {ANSWER_SECONDS:g} s; the "
-                        f"measuring process hung and was ended{self._last_words()}"
+                        f"measuring process hung and was ended{_quoted(self._words())}"
                     )
                 piece = os.read(self.process.stdout.fileno(), 1 << 16)
                 if not piece:
@@ -114,18 +184,22 @@ class Child:
             code = self.process.wait(EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             return RuntimeFailure(f"{self.who}: closed its output during `{do}` yet runs on")
+        words = self._words()
+        why = self.target.explain(code, words, runtime=self.runtime)
         return RuntimeFailure(
-            f"{self.who}: the measuring process died during `{do}` "
-            f"({explain_exit(code, runtime=self.runtime)}){self._last_words()}"
+            f"{self.who}: the measuring process died during `{do}` ({why}){_quoted(words)}"
         )
 
-    def _last_words(self) -> str:
+    def _words(self) -> str:
         # pread: the child writes through the same file position, which must not move
         descriptor = self.stderr.fileno()
         start = max(os.fstat(descriptor).st_size - LAST_BYTES, 0)
-        text = os.pread(descriptor, LAST_BYTES, start).decode("utf-8", "replace")
-        lines = text.splitlines()[-LAST_LINES:]
-        return ". Its last words:" + "".join(f"\n  {line}" for line in lines) if lines else ""
+        return os.pread(descriptor, LAST_BYTES, start).decode("utf-8", "replace")
+
+
+def _quoted(words: str) -> str:
+    lines = words.splitlines()[-LAST_LINES:]
+    return ". Its last words:" + "".join(f"\n  {line}" for line in lines) if lines else ""
 
 
 def explain_exit(code: int, *, runtime: str) -> str:
@@ -141,14 +215,17 @@ def explain_exit(code: int, *, runtime: str) -> str:
 
 
 @contextmanager
-def running(rows: Sequence[tuple[str, str]]) -> Iterator[list[Child]]:
+def running(rows: Sequence[tuple[str, str]], target: Target | None = None) -> Iterator[list[Child]]:
     """One fresh child per (who, kind), runtimes imported, side by side; all ended on the way out.
+
+    On `target`; None: here.
 
     Importing torch takes a second of CPU, so the children start together; what is timed later
     never runs together.
     """
     with ExitStack() as stack:
-        children = [stack.enter_context(_child(who, kind)) for who, kind in rows]
+        where = Here() if target is None else target
+        children = [stack.enter_context(_child(where, who, kind)) for who, kind in rows]
         for child, (_, kind) in zip(children, rows, strict=True):
             child.send("start", kind=kind)
         for child in children:
@@ -157,19 +234,20 @@ def running(rows: Sequence[tuple[str, str]]) -> Iterator[list[Child]]:
 
 
 @contextmanager
-def _child(who: str, kind: str) -> Iterator[Child]:
+def _child(target: Target, who: str, kind: str) -> Iterator[Child]:
     with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
-            # -P: the agent's folder must not shadow the modules that it imports
-            [sys.executable, "-P", str(AGENT)],
+            target.command(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
         )
+        target.live.append(process)
         try:
             runtime = "torch" if kind == "torch" else "onnxruntime"
-            yield Child(process, stderr, who, runtime, {}, bytearray())
+            yield Child(target, process, stderr, who, runtime, {}, bytearray())
         finally:
+            target.live.remove(process)
             process.kill()  # it holds nothing worth a farewell
             process.wait()
             for pipe in (process.stdin, process.stdout):

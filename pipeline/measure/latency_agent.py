@@ -1,13 +1,18 @@
-"""The process that times one network. Stands alone: stdlib, numpy, onnxruntime, Python >= 3.9.
+"""The process that times one network. Stands alone: stdlib, numpy, onnxruntime, Python >= 3.9,
+and the files of `BOARD_FILES` (agent_process.py) beside it.
 
 Runs as `python latency_agent.py`, on this machine or copied to a board, and obeys JSON lines:
 
     {"do": "start", "kind": "onnx"}                      imports the runtime
+    {"do": "condition"}                                  how the machine is now (condition.py)
     {"do": "open", "path", "inputs", "threads", "batch"} loads one network, runs it once
     {"do": "outputs", "batches"}                         logits of the first, or all; their sha256
     {"do": "warm", "least", "seconds"}                   runs until steady
-    {"do": "run", "runs", "least", "seconds"}            the timed block: raw nanoseconds
+    {"do": "run", "runs", "least", "seconds", "rate_hz"} the timed block: raw nanoseconds
     {"do": "close"}                                      drops the network; "open" may follow
+
+`open` also takes "sha256" (what the copies on this machine must be, looked at before they are
+loaded), "cold" (the file's pages leave the page cache first), "spinning" and "affinity".
 
 Each answer is one line {"did": ..., ...}. Standard output carries nothing else: whatever the
 libraries print goes to standard error. The process ends when its standard input does, even in the
@@ -15,8 +20,9 @@ middle of a hung inference, so it never outlives who started it. A failure is a 
 standard error and a non-zero exit; judging the figures is the driver's work (`latency.py`).
 
 What is timed is `session.run` alone (perf_counter_ns on either side), at the batch the graph
-fixes, else the one asked for, over rotating inputs. ONNX: CPU provider, all optimisations,
-sequential, inter 1, intra = threads; everything else, spinning included, as onnxruntime ships it.
+fixes, else the one asked for, over rotating inputs: an .npy, or an .npz with an array for each of
+the model's inputs. ONNX: CPU provider, all optimisations, sequential, inter 1, intra = threads;
+everything else, spinning included, as onnxruntime ships it.
 Torch rows need the installed edgestill to rebuild a stored network: eval, inference_mode,
 contiguous NCHW, torch.set_num_threads(threads).
 
@@ -40,6 +46,7 @@ import statistics
 import sys
 import threading
 import time
+import types
 from typing import Any, Callable, NamedTuple, Optional  # noqa: UP035  # 3.9: run time
 
 import numpy as np
@@ -70,6 +77,7 @@ class Agent:
         self.kind = ""
         self.opened: Optional[Opened] = None  # noqa: UP045  # 3.9: X | Y is new in 3.10
         self.turn = 0  # next feed: rotates on over blocks
+        self.cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
     def start(self, kind: str) -> dict[str, Any]:
         self.kind = kind
@@ -84,12 +92,36 @@ class Agent:
             "pid": os.getpid(),
         }
 
-    def open(self, path: str, inputs: str, threads: int, batch: int = 1) -> dict[str, Any]:
-        _forget_peak_rss()
+    def condition(self) -> dict[str, Any]:
+        return dict(sibling("condition").condition())
+
+    def open(
+        self,
+        path: str,
+        inputs: str,
+        threads: int,
+        batch: int = 1,
+        sha256: Optional[dict[str, str]] = None,  # noqa: UP045
+        cold: bool = False,
+        spinning: Optional[bool] = None,  # noqa: UP045  # None: as the runtime ships it
+        affinity: Optional[list[int]] = None,  # noqa: UP045  # of all its threads
+    ) -> dict[str, Any]:
+        resources = sibling("resources")
+        for copied, expected in (sha256 or {}).items():
+            resources.check_sha256(copied, expected)
+        if cold:
+            resources.drop_pages(path)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, affinity or self.cpus)
+        resources.forget_peak_rss()
         samples = np.load(inputs, allow_pickle=False)
+        if isinstance(samples, np.lib.npyio.NpzFile):
+            samples = {name: samples[name] for name in samples.files}
         begin = time.perf_counter_ns()
-        opener = _open_onnx if self.kind == "onnx" else _open_torch
-        opened = opener(path, samples, threads, batch)
+        if self.kind == "onnx":
+            opened = _open_onnx(path, samples, threads, batch, spinning)
+        else:
+            opened = _open_torch(path, samples, threads, batch)
         loaded = time.perf_counter_ns()
         opened.call(opened.feeds[0])
         ran = time.perf_counter_ns()
@@ -126,16 +158,25 @@ class Agent:
         taken = time.perf_counter() - begin
         return {"runs": runs, "steady": steady, "seconds": taken, **_wait_until_quiet()}
 
-    def run(self, runs: int, least: int, seconds: float) -> dict[str, Any]:
+    def run(
+        self,
+        runs: int,
+        least: int,
+        seconds: float,
+        rate_hz: Optional[float] = None,  # noqa: UP045  # None: back to back
+    ) -> dict[str, Any]:
         """Up to `runs` timed runs, `least` in any case, none begun after `seconds`."""
         self._timed(LEAD_IN_RUNS, seconds=LEAD_IN_SECONDS)
         cpu = time.process_time()
-        durations = self._timed(runs, least=least, seconds=seconds)
+        if rate_hz is None:
+            durations = self._timed(runs, least=least, seconds=seconds)
+        else:
+            durations = self._paced(runs, least, seconds, rate_hz)
         cpu = time.process_time() - cpu
         return {
             "durations_ns": durations,
             "cpu_seconds": cpu,
-            "peak_rss_bytes": _peak_rss_bytes(),
+            "peak_rss_bytes": sibling("resources").peak_rss_bytes(),
             **_wait_until_quiet(),
         }
 
@@ -143,6 +184,18 @@ class Agent:
         self.opened = None
         gc.collect()  # a session is freed, with its threads, before the next one is loaded
         return {}
+
+    def _paced(self, runs: int, least: int, seconds: float, rate_hz: float) -> list[int]:
+        """As `_timed`, each call begun 1 / rate_hz after the one before: it sleeps in between."""
+        begin = time.perf_counter()
+        durations: list[int] = []
+        while len(durations) < runs:
+            due = begin + len(durations) / rate_hz
+            if due - begin > seconds and len(durations) >= least:
+                break
+            time.sleep(max(0.0, due - time.perf_counter()))
+            durations += self._timed(1)
+        return durations
 
     def _network(self) -> Opened:
         if self.opened is None:
@@ -171,13 +224,22 @@ class Agent:
         return durations
 
 
-def _open_onnx(path: str, inputs: np.ndarray, threads: int, batch: int) -> Opened:
+def _open_onnx(
+    path: str,
+    inputs: Any,
+    threads: int,
+    batch: int,
+    spinning: Optional[bool],  # noqa: UP045
+) -> Opened:
     ort = importlib.import_module("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    if spinning is not None:
+        value = "1" if spinning else "0"
+        options.add_session_config_entry("session.intra_op.allow_spinning", value)
     begin = time.perf_counter_ns()
     session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     load_ns = time.perf_counter_ns() - begin
@@ -201,10 +263,10 @@ def _open_onnx(path: str, inputs: np.ndarray, threads: int, batch: int) -> Opene
             "inter_threads": 1,
             "execution": "sequential",
             "optimization": "all",
-            "spinning": "default (on)",
+            "spinning": "default (on)" if spinning is None else "on" if spinning else "off",
         },
     }
-    return Opened(call, feeds, len(inputs), facts)
+    return Opened(call, feeds, _count(inputs), facts)
 
 
 def _open_torch(path: str, inputs: np.ndarray, threads: int, batch: int) -> Opened:
@@ -238,18 +300,36 @@ def _open_torch(path: str, inputs: np.ndarray, threads: int, batch: int) -> Open
     return Opened(call, feeds, len(inputs), facts)
 
 
-def _batches(inputs: np.ndarray, batch: int) -> list[np.ndarray]:
+def _count(inputs: Any) -> int:
+    return len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs)
+
+
+def _batches(inputs: Any, batch: int) -> list[Any]:
     """All inputs in batches of `batch`; the last one is filled up from the first ones."""
-    starts = range(0, len(inputs), batch)
-    rows = [[(start + k) % len(inputs) for k in range(batch)] for start in starts]
+    count = _count(inputs)
+    starts = range(0, count, batch)
+    rows = [[(start + k) % count for k in range(batch)] for start in starts]
+    if isinstance(inputs, dict):
+        return [{n: np.ascontiguousarray(one[row]) for n, one in inputs.items()} for row in rows]
     return [np.ascontiguousarray(inputs[row]) for row in rows]
 
 
-def _feed(batch: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
-    """One input takes it whole; of several (ids and mask of texts) each takes its row."""
+def _feed(batch: Any, names: list[str]) -> dict[str, np.ndarray]:
+    """By name where they have names; else one input takes it whole, and of several (ids and mask
+    of texts) each takes its row."""
+    if isinstance(batch, dict):
+        return batch
     if len(names) == 1:
         return {names[0]: batch}
     return {name: np.ascontiguousarray(batch[:, row]) for row, name in enumerate(names)}
+
+
+def sibling(name: str) -> Any:
+    """A module that lies beside this file, wherever that is: here, or copied to a board."""
+    package = types.ModuleType("measure")
+    package.__path__ = [os.path.dirname(os.path.abspath(__file__))]
+    sys.modules.setdefault("measure", package)
+    return importlib.import_module(f"measure.{name}")
 
 
 def _wait_until_quiet() -> dict[str, Any]:
@@ -262,31 +342,6 @@ def _wait_until_quiet() -> dict[str, Any]:
         if time.process_time() - cpu < QUIET_SHARE * wall:
             return {"quiet": True, "quiet_seconds": time.perf_counter() - begin}
     return {"quiet": False, "quiet_seconds": time.perf_counter() - begin}
-
-
-def _forget_peak_rss() -> None:
-    """Starts the peak afresh, so that a network does not inherit that of the one before."""
-    try:
-        with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-            file.write("5")  # proc(5): reset the peak resident set size
-    except OSError:
-        pass  # not Linux, or read-only /proc: the peak then covers the whole process's life
-
-
-def _peak_rss_bytes() -> int:
-    """Peak resident memory. Not from getrusage on Linux: that survives exec, so it would hold
-    the peak of a large parent."""
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-            for line in file:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _listen(commands: queue.Queue[bytes]) -> None:
@@ -307,6 +362,7 @@ def main() -> None:
     agent = Agent()
     methods: dict[str, Callable[..., dict[str, Any]]] = {
         "start": agent.start,
+        "condition": agent.condition,
         "open": agent.open,
         "outputs": agent.outputs,
         "warm": agent.warm,

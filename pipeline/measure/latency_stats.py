@@ -30,7 +30,6 @@ Array = npt.NDArray[np.float64]
 RESAMPLES = 10_000
 TAILS = {"p90_ms": 0.90, "p95_ms": 0.95, "p99_ms": 0.99}
 TAIL_CONFIDENCE = 0.99  # LoadGen's c
-Z_975 = 1.959963984540054  # standard normal quantile
 
 
 def summarize(launches: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -61,8 +60,22 @@ def ratio_of(
 ) -> dict[str, Any]:
     """reference p50 / candidate p50 (above 1: the candidate is faster), paired by launch.
 
+    Returns {"ratio", "ci95": [low, high]}.
+    """
+    ratio, interval = ratio_interval(reference, candidate, confidence=0.95)
+    return {"ratio": ratio, "ci95": interval}
+
+
+def ratio_interval(
+    reference: Sequence[Sequence[int]],
+    candidate: Sequence[Sequence[int]],
+    *,
+    confidence: float,
+) -> tuple[float, list[float]]:
+    """As `ratio_of`, with a two-sided interval of another confidence in (0, 1).
+
     A launch measures both in turns, so what slows the machine down during one launch slows both
-    and drops out. Returns {"ratio", "ci95": [low, high]}.
+    and drops out.
     """
     assert len(reference) == len(candidate), "pairing needs the same launches"
     pairs = [[np.asarray(launch, dtype=np.float64) for launch in s] for s in (reference, candidate)]
@@ -70,10 +83,8 @@ def ratio_of(
     centre = logs[0] - logs[1]
     # the same picks of launches for both sides (pairing), independent runs within them
     draws = log_p50(pairs[0], runs_seed=1) - log_p50(pairs[1], runs_seed=2)
-    return {
-        "ratio": float(np.exp(centre)),
-        "ci95": _interval(draws, len(reference), centre),
-    }
+    interval = _interval(draws, len(reference), centre, confidence=confidence)
+    return float(np.exp(centre)), interval
 
 
 def log_p50(launches: Sequence[Array], *, runs_seed: int = 1) -> Array:
@@ -97,7 +108,9 @@ def log_p50(launches: Sequence[Array], *, runs_seed: int = 1) -> Array:
     return draws
 
 
-def tail_bound(ordered: Array, share: float) -> float | None:
+def tail_bound(
+    ordered: Array, share: float, *, confidence: float = TAIL_CONFIDENCE
+) -> float | None:
     """Upper bound of the `share` quantile of ascending values, or None: too few of them.
 
     The t-th largest value, for the largest t with P(Binomial(n, 1 - share) <= t) <= 1 - c.
@@ -105,18 +118,49 @@ def tail_bound(ordered: Array, share: float) -> float | None:
     from scipy.special import bdtr  # 0.1 s; only where a latency is summarized
 
     over = np.arange(1, len(ordered) + 1)
-    surpassed = bdtr(over, len(ordered), 1 - share) <= 1 - TAIL_CONFIDENCE
+    surpassed = bdtr(over, len(ordered), 1 - share) <= 1 - confidence
     count = int(np.count_nonzero(surpassed))  # the distribution rises: a prefix is True
     return float(ordered[-count]) if count else None
 
 
-def _interval(draws: Array, launches: int, centre: float) -> list[float]:
-    assert launches >= 2, "how far launches differ is unknown from one"
+def tail_of_launch(
+    launches: Sequence[Sequence[int]], share: float, *, confidence: float
+) -> tuple[float, float] | None:
+    """The `share` quantile of a launch's runs, and an upper bound of it, in the launches' unit.
+
+    The quantile is the geometric mean over launches of each launch's own, as p50 is. The bound is
+    the larger of two: `tail_bound` of all runs together, which alone would take runs of one launch
+    for independent and be passed by a third of the networks that should not (benchmarks/gate.md);
+    and Student's over the logarithms of the launches' quantiles, the upper end of the two-sided
+    interval, for a few launches are not normal.
+
+    Returns: None where fewer than 64 runs (of 0.90) or 2 launches say nothing of it.
+    """
     from scipy.special import stdtrit
 
-    quantile = float(stdtrit(launches - 1, 0.975))
-    widen = np.sqrt(launches / (launches - 1)) * quantile / Z_975
-    low, high = np.quantile(draws, (0.025, 0.975))
+    arrays = [np.asarray(launch, dtype=np.float64) for launch in launches]
+    pooled = np.sort(np.concatenate(arrays))
+    if len(arrays) < 2 or tail_bound(pooled, share) is None:
+        return None
+    of_runs = tail_bound(pooled, share, confidence=confidence)
+    logs = np.log([np.quantile(array, share) for array in arrays])
+    spread = logs.std(ddof=1) / np.sqrt(len(logs))
+    of_launches = np.exp(logs.mean() + stdtrit(len(logs) - 1, (1 + confidence) / 2) * spread)
+    if of_runs is None:
+        return None  # a higher confidence needs more
+    return float(np.exp(logs.mean())), max(of_runs, float(of_launches))
+
+
+def _interval(
+    draws: Array, launches: int, centre: float, *, confidence: float = 0.95
+) -> list[float]:
+    assert launches >= 2, "how far launches differ is unknown from one"
+    from scipy.special import ndtri, stdtrit
+
+    side = (1 + confidence) / 2
+    quantile = float(stdtrit(launches - 1, side))
+    widen = np.sqrt(launches / (launches - 1)) * quantile / float(ndtri(side))
+    low, high = np.quantile(draws, (1 - side, side))
     # an even number of runs: the estimate averages two of them and may leave the draws' range
     below, above = max(centre - low, 0.0), max(high - centre, 0.0)
     return [float(np.exp(centre - widen * below)), float(np.exp(centre + widen * above))]

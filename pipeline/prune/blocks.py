@@ -5,7 +5,7 @@ on when every weight inside is zero: there is a way around them. What such a mod
 counts only where there are several of the kind (a stage of blocks), else the outer one does (a
 block with a gate inside).
 
-Harm is KL(dense ‖ without) of the class probabilities on training images, never on the test set.
+Harm is KL(dense ‖ without) of the class probabilities on training samples, never on the test set.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from ...exporters.reference import evaluating
 from ...models.plan import Skip, is_within
-from .probe import FAILURES, LAYERS, noise, own_attention
+from ..train.reproducible import own_attention
+from .example import fast
+from .probe import FAILURES, LAYERS
 
 # Measured anew at each step, so that k removals of n blocks take n + 3k measurements.
 AGAIN = 3
@@ -37,15 +39,15 @@ class Removal:
 
 
 def find_blocks(
-    network: nn.Module, input_shape: Sequence[int], *, protect: Sequence[str] = ()
+    network: nn.Module, example: Tensor, *, protect: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """Paths of the removable blocks, in the order they run; none inside another.
 
     Args:
-        input_shape: (C, H, W).
+        example: two inputs (`example.py`).
         protect: paths of modules that must stay, with what they are in.
     """
-    calls = _calls(network, input_shape)
+    calls = _calls(network, example)
     passing = [path for path, call in calls.items() if _passes_input_on(network, path, call)]
     free = [
         path
@@ -56,7 +58,7 @@ def find_blocks(
 
 
 def removal_order(
-    network: nn.Module, blocks: Sequence[str], images: Tensor, *, at_most: int
+    network: nn.Module, blocks: Sequence[str], inputs: Tensor, *, at_most: int
 ) -> Iterator[Removal]:
     """Blocks one by one, each the least harmful found beside those before it.
 
@@ -64,21 +66,21 @@ def removal_order(
     and the least harmful of them leaves. Blocks without which the network does not run stay.
 
     Args:
-        images: float32 (N, C, H, W), training images.
+        inputs: of train, float32 (N, C, H, W) or int64 (N, K, S).
         at_most: how many are given.
     """
     own = copy.deepcopy(network)
-    dense = _log_probabilities(own, images)
+    dense = _log_probabilities(own, inputs)
     assert dense is not None, "the network ran before"
     gone: list[str] = []
-    harms = {path: _harm(own, [path], images, dense) for path in blocks}
+    harms = {path: _harm(own, [path], inputs, dense) for path in blocks}
     while len(gone) < at_most:
         left = [path for path, harm in harms.items() if harm < torch.inf and path not in gone]
         if not left:
             return
         likely = sorted(left, key=lambda path: harms[path])[:AGAIN]  # of equals the first to run
         if gone:
-            harms |= {path: _harm(own, [*gone, path], images, dense) for path in likely}
+            harms |= {path: _harm(own, [*gone, path], inputs, dense) for path in likely}
         best = min(likely, key=lambda path: harms[path])
         if harms[best] < torch.inf:
             gone.append(best)
@@ -93,10 +95,10 @@ def without(network: nn.Module, removed: Sequence[str]) -> nn.Module:
     return copied
 
 
-def _harm(network: nn.Module, removed: Sequence[str], images: Tensor, dense: Tensor) -> float:
+def _harm(network: nn.Module, removed: Sequence[str], inputs: Tensor, dense: Tensor) -> float:
     """Mean KL in nats; infinite if the network does not run without the blocks."""
     with _skipping(network, removed):
-        found = _log_probabilities(network, images)
+        found = _log_probabilities(network, inputs)
     if found is None or found.shape != dense.shape:
         return float("inf")
     harm = float(F.kl_div(found, dense, reduction="batchmean", log_target=True))
@@ -116,13 +118,12 @@ def _skipping(network: nn.Module, removed: Sequence[str]) -> Iterator[None]:
             network.set_submodule(path, block)
 
 
-def _log_probabilities(network: nn.Module, images: Tensor) -> Tensor | None:
+def _log_probabilities(network: nn.Module, inputs: Tensor) -> Tensor | None:
     parts = []
     try:
         with torch.no_grad(), evaluating(network):
-            for batch in torch.split(images, 64):
-                fast = batch.contiguous(memory_format=torch.channels_last)
-                logits: Tensor = network(fast)
+            for batch in torch.split(inputs, 64):
+                logits: Tensor = network(fast(batch))
                 parts.append(logits.log_softmax(1))
     except FAILURES:
         return None
@@ -138,7 +139,7 @@ class _Call:
     count: int
 
 
-def _calls(network: nn.Module, input_shape: Sequence[int]) -> dict[str, _Call]:
+def _calls(network: nn.Module, example: Tensor) -> dict[str, _Call]:
     """Modules that hold others, were given a tensor, and gave back one of its shape."""
     calls: dict[str, _Call] = {}
 
@@ -164,7 +165,7 @@ def _calls(network: nn.Module, input_shape: Sequence[int]) -> dict[str, _Call]:
     ]
     try:
         with torch.no_grad(), evaluating(network), own_attention():
-            network(noise(input_shape, batch=2))
+            network(example)
     finally:
         for handle in handles:
             handle.remove()

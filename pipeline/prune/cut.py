@@ -1,7 +1,7 @@
 """Take channels, groups of them or heads out of layers: tensors sliced, nothing searched.
 
 Sides of a layer: "out" its output channels (of a normalisation: its channels), "in" its input
-channels, "heads" the heads of an attention.
+channels, "heads" the heads of an attention: of one that consists of layers, their number alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ...models.plan import FewerHeads, Skip, resize
+from ...models.plan import FewerHeads, Skip, head_count, resize, sizes_of
 
 Side = Literal["in", "out", "heads"]
 Place = tuple[str, Side]  # path of a layer, and its side
@@ -54,6 +54,8 @@ def slices(part: nn.Module, name: str, tensor: Tensor, *, side: Side) -> Tensor 
     Args:
         name: of the tensor in the module: "weight", "bias", "in_proj_weight", …
     """
+    if side == "heads" and not isinstance(part, nn.MultiheadAttention | FewerHeads):
+        return None  # the layers that it consists of are places themselves
     if side == "heads":
         assert isinstance(part, nn.MultiheadAttention | FewerHeads)
         if name.startswith("in_proj"):
@@ -110,7 +112,11 @@ def _sizes(part: nn.Module, out: Tensor | None, inputs: Tensor | None) -> dict[s
 
 def _cut_heads(network: nn.Module, path: str, heads: Tensor) -> None:
     old = network.get_submodule(path)
-    assert isinstance(old, nn.MultiheadAttention | FewerHeads)
+    if not isinstance(old, nn.MultiheadAttention | FewerHeads):
+        count = head_count(old)
+        sizes = {name: size * len(heads) // count for name, size in sizes_of(old).items()}
+        resize(network, path, sizes)
+        return
     new = resize(network, path, {"num_heads": len(heads)})
     assert isinstance(new, FewerHeads)
     with torch.no_grad():

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ...exporters.reference import evaluating
 from ..errors import RecipeError
+from ..train.reproducible import own_attention
 from .cut import slices
-from .probe import own_attention
 from .trace import Group
 
 Measure = Literal["l2", "taylor", "bn"]
@@ -46,15 +46,15 @@ def taylor_shares(
 
     Args:
         network: in eval mode while it is asked; it is left as it is.
-        batches: images (N, C, H, W) and labels int64 (N,).
+        batches: inputs (N, C, H, W) or tokens (N, K, S), and labels int64 (N,).
     """
     copied = copy.deepcopy(network).requires_grad_(True)
     named = dict(copied.named_parameters())
     total = {name: torch.zeros_like(parameter) for name, parameter in named.items()}
     count = 0
     with evaluating(copied), own_attention():
-        for images, labels in batches:
-            loss = F.cross_entropy(copied(images), labels)
+        for inputs, labels in batches:
+            loss = F.cross_entropy(copied(inputs), labels)
             gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
             for (name, parameter), gradient in zip(named.items(), gradients, strict=True):
                 if gradient is not None:

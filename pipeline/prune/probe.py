@@ -17,8 +17,7 @@ Activations are positive and normalisations scale by one, so that no ReLU hides 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +28,8 @@ from torch import Tensor, nn
 
 from ...exporters.reference import evaluating
 from ..errors import ModelError
-from ..train.reproducible import derive_seed
+from ..train.reproducible import derive_seed, own_attention
+from .example import smaller
 
 # What a network's own forward() raises on shapes it was not written for.
 FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError,
@@ -41,7 +41,6 @@ LOGITS = ""  # stands for the network's output among the readers
 
 # float32 rounds at 1e-7; what a changed channel does is 1e-4 even after a mean over thousands
 _TOLERANCE = 1e-6
-_SMALLER = (32, 64, 128)  # sides tried for the tracing of nets that take images of any size
 
 Pairs = npt.NDArray[np.int64]
 
@@ -55,24 +54,28 @@ class Wiring:
         readers: path → channels read, of every layer and normalisation that ran.
         links: (source, reader) → int64 (M, 2), pairs of a channel of the source and one of the
             reader's input that depends on it. The reader LOGITS is the network's output.
+        unknown: layers that ran on something without a batch axis, such as a table of positions;
+            of them nothing is known.
     """
 
     widths: Mapping[str, int]
     readers: Mapping[str, int]
     links: Mapping[tuple[str, str], Pairs]
+    unknown: tuple[str, ...] = ()
 
 
-def find_wiring(network: nn.Module, input_shape: Sequence[int]) -> Wiring:
-    """Probe the network on images of `input_shape` (C, H, W), or smaller ones if it takes them.
+def find_wiring(network: nn.Module, example: Tensor) -> Wiring:
+    """Probe the network on an input of the example's size, or on a smaller one if it takes it.
 
+    Args:
+        example: two inputs (`example.py`).
     Raises:
-        ModelError: it cannot be copied or run, or a layer's activations have no batch axis.
+        ModelError: it cannot be copied or run.
     """
     try:
         generic = _generic_copy(network)
-        shape = _traced_shape(generic, input_shape)
         with own_attention():
-            return _Probe(generic, shape).run()
+            return _Probe(generic, _traced(generic, example)).run()
     except FAILURES as error:
         said = " ".join(str(error).split())[:300]
         raise ModelError(
@@ -89,23 +92,6 @@ def layers_of(network: nn.Module) -> dict[str, nn.Module]:
         if isinstance(part, LAYERS + NORMS)
         and (isinstance(part, NORMS) or part._parameters.get("weight") is not None)
     }
-
-
-@contextmanager
-def own_attention() -> Iterator[None]:
-    """Inside, torch's transformer layers call their modules instead of one fused kernel."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-def noise(input_shape: Sequence[int], *, batch: int, seed: int = 0) -> Tensor:
-    """Standard normal images (batch, C, H, W)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, *input_shape, generator=generator)
 
 
 def _generic_copy(network: nn.Module) -> nn.Module:
@@ -127,21 +113,19 @@ def _generic_copy(network: nn.Module) -> nn.Module:
     return copied
 
 
-def _traced_shape(network: nn.Module, input_shape: Sequence[int]) -> tuple[int, ...]:
-    """The smallest square image of _SMALLER that the network takes, else `input_shape`.
+def _traced(network: nn.Module, example: Tensor) -> Tensor:
+    """The smallest example that the network takes.
 
-    Flattening ties a network to its size: then the smaller image fails, as a Linear does not fit.
+    Flattening ties a network to its size: then the smaller input fails, as a Linear does not fit.
     """
-    channels, *size = input_shape
-    for side in _SMALLER:
-        if side < min(size):
-            try:
-                with torch.no_grad(), own_attention():
-                    network(noise((channels, side, side), batch=2))
-            except FAILURES:
-                continue
-            return channels, side, side
-    return tuple(input_shape)
+    for less in smaller(example):
+        try:
+            with torch.no_grad():
+                network(less)
+        except FAILURES:
+            continue
+        return less
+    return example
 
 
 @dataclass(frozen=True)
@@ -164,10 +148,10 @@ class _Calls:
 class _Probe:
     """One network under observation; its layers' forward() are replaced for good."""
 
-    def __init__(self, network: nn.Module, input_shape: tuple[int, ...]) -> None:
-        self.network, self.input_shape = network, input_shape
+    def __init__(self, network: nn.Module, example: Tensor) -> None:
+        self.network, self.example = network, example
         self.layers = layers_of(network)
-        self.calls = self._layouts()
+        self.calls, self.unknown = self._layouts()
         self.layers = {path: part for path, part in self.layers.items() if path in self.calls}
         self.sources = {p: m for p, m in self.layers.items() if isinstance(m, LAYERS)}
         self.widths = {
@@ -196,18 +180,25 @@ class _Probe:
         finally:
             for handle in handles:
                 handle.remove()
-        return Wiring(self.widths, self.readers, links)
+        return Wiring(self.widths, self.readers, links, self.unknown)
 
-    def _layouts(self) -> dict[str, _Calls]:
-        """Where the batch lies, seen from what differs between a batch of two and one of three."""
+    def _layouts(self) -> tuple[dict[str, _Calls], tuple[str, ...]]:
+        """Where the batch lies, seen from what differs between a batch of two and one of three;
+        and the layers of which that cannot be said."""
         two, three = self._shapes(2), self._shapes(3)
         found: dict[str, _Calls] = {}
+        unknown: dict[str, None] = {}
         for (path, *small), (other, *large) in zip(two, three, strict=True):
             assert path == other, "the layers run in another order for another batch"
+            given, made = _layout(small[0], large[0]), _layout(small[1], large[1])
+            if given is None or made is None:
+                unknown[path] = None
+                continue
             calls = found.setdefault(path, _Calls())
-            calls.inputs.append(_layout(path, small[0], large[0]))
-            calls.outputs.append(_layout(path, small[1], large[1]))
-        return found
+            calls.inputs.append(given)
+            calls.outputs.append(made)
+        known = {path: calls for path, calls in found.items() if path not in unknown}
+        return known, tuple(unknown)
 
     def _shapes(self, batch: int) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
         shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
@@ -221,7 +212,7 @@ class _Probe:
         handles = [part.register_forward_hook(hook(path)) for path, part in self.layers.items()]
         try:
             with torch.no_grad(), evaluating(self.network):
-                self.network(noise(self.input_shape, batch=batch))
+                self.network(torch.cat([self.example, self.example[:1]])[:batch])
         finally:
             for handle in handles:
                 handle.remove()
@@ -231,9 +222,8 @@ class _Probe:
         """Reader → bool (samples - 1, channels): what changed against the first sample."""
         self._source, self._seen, self._changed = source, {}, {}
         samples = 1 + 2 * _bits(self.widths[source])
-        image = noise(self.input_shape, batch=1).expand(samples, *self.input_shape)
         with torch.no_grad():
-            logits = self.network(image)
+            logits = self.network(self.example[:1].repeat_interleave(samples, 0))
         self._note(LOGITS, logits, _Layout(0, 1, (1, *logits.shape[1:])), axis=1)
         return self._changed
 
@@ -287,13 +277,11 @@ def _channel_axis(part: nn.Module) -> int:
     return -1 if isinstance(part, nn.Linear) else 1
 
 
-def _layout(path: str, two: tuple[int, ...], three: tuple[int, ...]) -> _Layout:
+def _layout(two: tuple[int, ...], three: tuple[int, ...]) -> _Layout | None:
+    """Of a tensor's shapes in a batch of two and of three; None: no axis grows with the batch."""
     axes = [axis for axis in range(len(two)) if two[axis] != three[axis]]
     if len(axes) != 1 or two[axes[0]] * 3 != three[axes[0]] * 2:
-        raise ValueError(
-            f"{path}: its activations are {two} for two images and {three} for three; expected "
-            "one axis that grows with the batch"
-        )
+        return None
     axis, rows = axes[0], two[axes[0]] // 2
     return _Layout(axis, rows, (*two[:axis], rows, *two[axis + 1 :]))
 

@@ -3,7 +3,7 @@
 For b = 0, …, B removed blocks, least harmful first, channels are cut until the goal is met; B is
 the first number of blocks that meets it alone. Where B is large, MIXES numbers are spread over
 0 … B. Every mix is exported, timed in turns with the dense network, its BatchNorm statistics taken
-anew from training images, and its accuracy measured on validation images without training.
+anew from training samples, and its accuracy measured on validation without training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..errors import RecipeError
 from .blocks import Removal, removal_order, without
 from .cost import count_multiply_adds
 from .cut import cut
-from .probe import noise
+from .example import fast
 from .select import kept_units
 from .timing import export_for_timing, time_in_turns
 from .trace import SOUND, Group, difference_from_silenced, kept_places, without_blocks
@@ -65,8 +65,15 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Samples:
-    """Real images: of train for BatchNorm (M, C, H, W) and harm, and some to time with."""
+    """What a search runs networks on, (N, C, H, W) or (N, K, S).
 
+    Attributes:
+        example: two inputs to trace, prove and count with (`example.py`).
+        recalibration, harm: of train, for BatchNorm and for the harm of removing blocks.
+        timing: of train, to time with; texts all of the length they are timed at.
+    """
+
+    example: Tensor
     recalibration: Tensor
     harm: Tensor
     timing: Array
@@ -103,7 +110,7 @@ def find_mixes(
         RecipeError: the goal cannot be reached without emptying layers.
         ExportError: a candidate cannot be exported (latency goals alone).
     """
-    costs = _Costs(network, ranked, goal, dense_file=dense_file, images=samples.timing)
+    costs = _Costs(network, ranked, goal, dense_file=dense_file, samples=samples)
     order: list[Removal] = []
     if not costs.reached_by_blocks(order):
         blocks = ranked.blocks
@@ -134,11 +141,10 @@ class _Costs:
         goal: Goal,
         *,
         dense_file: Path,
-        images: Array,
+        samples: Samples,
     ) -> None:
         self.network, self.ranked, self.goal = network, ranked, goal
-        self.dense_file, self.images = dense_file, images
-        self.shape = images.shape[1:]
+        self.dense_file, self.example, self.timing = dense_file, samples.example, samples.timing
         # rounding gives many shares of units the same channel counts, and those decide the cost
         self._known: dict[tuple[object, ...], float] = {}
 
@@ -172,7 +178,7 @@ class _Costs:
     def build(self, removed: Sequence[Removal], kept: dict[str, Tensor]) -> Mix:
         base = without(self.network, _paths(removed))
         groups = without_blocks(self.ranked.groups, _paths(removed))
-        found = difference_from_silenced(base, groups, kept, noise(self.shape, batch=2))
+        found = difference_from_silenced(base, groups, kept, self.example)
         assert isinstance(found, float), found
         assert found <= SOUND, "each group was proven sound, and blocks pass channels on"
         cut(base, kept_places(base, groups, kept))
@@ -180,7 +186,7 @@ class _Costs:
             removed=tuple(removed),
             kept=kept,
             network=base,
-            multiply_adds=count_multiply_adds(base, self.shape),
+            multiply_adds=count_multiply_adds(base, self.example),
             parameters=count_parameters(base),
         )
 
@@ -260,12 +266,12 @@ class _Costs:
     def _counted(self, network: nn.Module) -> float:
         if self.goal.kind == "parameters":
             return count_parameters(network) / self.goal.dense
-        return count_multiply_adds(network, self.shape) / self.goal.dense
+        return count_multiply_adds(network, self.example) / self.goal.dense
 
     def _timed(self, network: nn.Module) -> float:
         path = self.dense_file.with_name("trial.onnx")
-        export_for_timing(network, self.shape, path)
-        dense, found = time_in_turns([self.dense_file, path], self.images)
+        export_for_timing(network, self.timing, path)
+        dense, found = time_in_turns([self.dense_file, path], self.timing)
         path.unlink()
         return found / dense
 
@@ -274,22 +280,22 @@ def _paths(removed: Sequence[Removal]) -> list[str]:
     return [removal.path for removal in removed]
 
 
-def recalibrate(network: nn.Module, images: Tensor, *, batch_size: int = 128) -> None:
-    """BatchNorm statistics as the mean over these images' batches, in place; nothing else changes.
+def recalibrate(network: nn.Module, inputs: Tensor, *, batch_size: int = 128) -> None:
+    """BatchNorm statistics as the mean over these inputs' batches, in place; nothing else changes.
 
     The activations of a cut network are others than those its statistics were taken from.
 
     Args:
-        images: float32 (N, C, H, W), training images.
+        inputs: of train, float32 (N, C, H, W) or int64 (N, K, S).
     """
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     norms = [norm for norm in norms if norm.running_mean is not None]
     if not norms:
         return
     with evaluating(network), _averaging(norms), torch.no_grad():
-        for batch in torch.split(images, batch_size):
+        for batch in torch.split(inputs, batch_size):
             if len(batch) > 1:  # one sample has no variance
-                network(batch.contiguous(memory_format=torch.channels_last))
+                network(fast(batch))
 
 
 @contextmanager

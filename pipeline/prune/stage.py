@@ -22,7 +22,7 @@ from ...models.plan import all_sizes, extend_plan
 from ...models.source import Network
 from ...models.store import StoredNetwork, count_parameters, load_network, save_network
 from ..data.dataset import Data, SampleSet, open_data
-from ..data.inputs import to_input
+from ..data.inputs import repeated_to, to_input
 from ..errors import ModelError
 from ..measure.accuracy import accuracy, logits_of_module
 from ..recipe import PruneSpec
@@ -30,6 +30,7 @@ from ..stage import Context
 from ..train.reproducible import derive_seed, reproducible
 from .blocks import find_blocks
 from .cost import count_multiply_adds
+from .example import example_of
 from .importance import bn_shares, l2_shares, score_all, taylor_shares
 from .protect import find_protected
 from .search import Goal, Mix, Ranked, Samples, find_mixes, recalibrate
@@ -37,7 +38,7 @@ from .select import choose
 from .timing import export_for_timing, time_in_turns
 from .trace import Groups, find_groups
 
-RECALIBRATION = 1024  # training images that give BatchNorm its statistics after a cut
+RECALIBRATION = 1024  # training samples that give BatchNorm its statistics after a cut
 HARM = 128  # … that blocks are ranked on
 TAYLOR = 512  # … that gradients are taken on
 TIMING = 16  # inputs rotated while timing
@@ -63,6 +64,7 @@ def prune(
     step: int,
     context: Context,
     memory_budget_bytes: int,
+    sequence: int | None = None,
 ) -> dict[str, Any]:
     """The stage. Leaves cut networks in `context.scratch`/1, /2, …, the most promising first.
 
@@ -70,10 +72,13 @@ def prune(
         network_artifact: the network to cut: the dense one, or what recovered from the last step.
         dense_artifact: the network that shares are of.
         step: k of `spec.steps` n; share^(k/n) of the dense network's count is to stay.
+        sequence: tokens of a text at which networks are timed. Multiply-adds count at the data's
+            maximum length; None: images.
 
     Returns: JSON-able: target, share (of the whole way), goal (of this step), step, importance,
-        dense (multiply_adds, parameters, p50_ms, accuracy), n (validation images), candidates (all
-        tried, fewest removed blocks first; `kept` is the folder, or None), protected (layers, why).
+        dense (multiply_adds, parameters, p50_ms, accuracy), n (validation samples), candidates (all
+        tried, fewest removed blocks first; `kept` is the folder, or None), protected (layers, why);
+        of texts also tokens (counted at) and sequence (timed at).
 
     Raises:
         ModelError: a captured program, or a network that cannot be traced.
@@ -85,13 +90,17 @@ def prune(
     network = stored.network
     with reproducible(threads=context.threads, device="cpu"):
         protect = find_protected(network.module, spec.protect)
-        groups = find_groups(network.module, data.input_shape, protect=protect)
-        ranked = _rank(network.module, groups, spec, protect=protect, data=data, seed=context.seed)
+        samples = _samples(data, seed=context.seed, sequence=sequence)
+        groups = find_groups(network.module, samples.example, protect=protect)
+        blocks = _blocks(network.module, samples.example, spec, protect=protect)
+        ranked = _rank(network.module, groups, spec, blocks=blocks, data=data, seed=context.seed)
         kind, share = spec.target
-        goal = Goal(kind, share ** (step / spec.steps), _count(dense.network.module, spec, data))
+        count = _count(dense.network.module, spec, samples.example)
+        goal = Goal(kind, share ** (step / spec.steps), count)
         mixes, (of_dense, *found) = _search(
-            network.module, dense.network.module, ranked, goal, data=data, context=context
-        )
+            network.module, dense.network.module, ranked, goal, data=data, samples=samples,
+            context=context,
+        )  # fmt: skip
     kept = choose([(one.p50_ms, one.accuracy) for one in found], spec.candidates)
     for number, index in enumerate(kept, start=1):
         _save(context.scratch / str(number), stored, mixes[index])
@@ -103,13 +112,30 @@ def prune(
         "step": step,
         "importance": spec.importance,
         "n": min(VALIDATION, len(data.validation)),
-        "dense": _figures(dense.network.module, of_dense, data),
+        "dense": _figures(dense.network.module, of_dense, samples.example),
         "candidates": [
             _row(mix, one, kept.index(index) + 1 if index in kept else None)
             for index, (mix, one) in enumerate(zip(mixes, found, strict=True))
         ],
         "protected": [{"layers": list(one.layers), "why": one.why} for one in groups.protected],
+        **({} if sequence is None else {"tokens": data.input_shape[1], "sequence": sequence}),
     }
+
+
+def check_prunable(
+    network: nn.Module, spec: PruneSpec, data: Data
+) -> tuple[Groups, tuple[str, ...]]:
+    """What can be known before training: what may be cut, and the blocks that may leave.
+
+    Raises:
+        ModelError: the network cannot be traced.
+        RecipeError: `protect` matches nothing, or the importance has nothing to go by.
+    """
+    protect, example = find_protected(network, spec.protect), example_of(data)
+    groups = find_groups(network, example, protect=protect)
+    if spec.importance == "bn":
+        score_all(network, groups.free, "bn", bn_shares(network))
+    return groups, _blocks(network, example, spec, protect=protect)
 
 
 def _open(folder: Path) -> StoredNetwork:
@@ -127,21 +153,26 @@ def _rank(
     groups: Groups,
     spec: PruneSpec,
     *,
-    protect: Sequence[str],
+    blocks: tuple[str, ...],
     data: Data,
     seed: int,
 ) -> Ranked:
-    """Scores of all units, and the blocks that may leave."""
+    """Scores of all units, beside the blocks that may leave."""
     if spec.importance == "taylor":
         rows = _some(len(data.train), TAYLOR, seed=seed, purpose="taylor")
-        images, labels = _inputs(data.train, rows, data), torch.from_numpy(data.train.labels[rows])
-        batches = zip(torch.split(images, BATCH_SIZE), torch.split(labels, BATCH_SIZE), strict=True)
+        inputs, labels = _inputs(data.train, rows, data), torch.from_numpy(data.train.labels[rows])
+        batches = zip(torch.split(inputs, BATCH_SIZE), torch.split(labels, BATCH_SIZE), strict=True)
         shares: Mapping[str, Tensor] = taylor_shares(network, batches)
     else:
         shares = (l2_shares if spec.importance == "l2" else bn_shares)(network)
     scores = score_all(network, groups.free, spec.importance, shares)
-    blocks = find_blocks(network, data.input_shape, protect=protect) if spec.blocks else ()
     return Ranked(groups.free, scores, blocks, spec.round_to)
+
+
+def _blocks(
+    network: nn.Module, example: Tensor, spec: PruneSpec, *, protect: Sequence[str]
+) -> tuple[str, ...]:
+    return find_blocks(network, example, protect=protect) if spec.blocks else ()
 
 
 def _search(
@@ -151,14 +182,14 @@ def _search(
     goal: Goal,
     *,
     data: Data,
+    samples: Samples,
     context: Context,
 ) -> tuple[list[Mix], list[_Measured]]:
     """The mixes, and what the dense network and each of them is worth."""
-    samples = _samples(data, seed=context.seed)
     with tempfile.TemporaryDirectory(prefix="edgestill-prune-") as name:
         folder = Path(name)
         if goal.kind == "latency":
-            export_for_timing(dense, data.input_shape, folder / "dense.onnx")
+            export_for_timing(dense, samples.timing, folder / "dense.onnx")
         mixes = find_mixes(
             network,
             ranked,
@@ -172,21 +203,23 @@ def _search(
         return mixes, _measure(networks, data, samples, folder=folder, seed=context.seed)
 
 
-def _count(dense: nn.Module, spec: PruneSpec, data: Data) -> int:
+def _count(dense: nn.Module, spec: PruneSpec, example: Tensor) -> int:
     if spec.target[0] == "parameters":
         return count_parameters(dense)
-    return count_multiply_adds(dense, data.input_shape)
+    return count_multiply_adds(dense, example)
 
 
-def _samples(data: Data, *, seed: int) -> Samples:
+def _samples(data: Data, *, seed: int, sequence: int | None) -> Samples:
     def of_train(count: int, purpose: str) -> Tensor:
         rows = _some(len(data.train), count, seed=seed, purpose=purpose)
         return _inputs(data.train, rows, data)
 
+    timing = of_train(TIMING, "timing").numpy()
     return Samples(
+        example=example_of(data),
         recalibration=of_train(RECALIBRATION, "recalibration"),
         harm=of_train(HARM, "harm"),
-        timing=of_train(TIMING, "timing").numpy(),
+        timing=timing if sequence is None else repeated_to(timing, sequence),
     )
 
 
@@ -205,7 +238,7 @@ def _measure(
         )
         accuracies.append(accuracy(logits, chosen.labels))
         files.append(folder / f"{number}.onnx")
-        export_for_timing(network, data.input_shape, files[-1])
+        export_for_timing(network, samples.timing, files[-1])
     times = time_in_turns(files, samples.timing)
     return [_Measured(*pair) for pair in zip(times, accuracies, strict=True)]
 
@@ -230,9 +263,9 @@ def _save(folder: Path, stored: StoredNetwork, mix: Mix) -> None:
     )
 
 
-def _figures(dense: nn.Module, measured: _Measured, data: Data) -> dict[str, Any]:
+def _figures(dense: nn.Module, measured: _Measured, example: Tensor) -> dict[str, Any]:
     return {
-        "multiply_adds": count_multiply_adds(dense, data.input_shape),
+        "multiply_adds": count_multiply_adds(dense, example),
         "parameters": count_parameters(dense),
         **dataclasses.asdict(measured),
     }
@@ -255,15 +288,15 @@ def _some(total: int, count: int, *, seed: int, purpose: str) -> np.ndarray[Any,
     return np.sort(generator.choice(total, min(count, total), replace=False))
 
 
-def _subset(images: SampleSet, rows: np.ndarray[Any, Any]) -> SampleSet:
+def _subset(samples: SampleSet, rows: np.ndarray[Any, Any]) -> SampleSet:
     return SampleSet(
-        contents=images.contents[rows],
-        labels=images.labels[rows],
-        ids=images.ids[rows],
-        hashes=images.hashes[rows],
+        contents=samples.contents[rows],
+        labels=samples.labels[rows],
+        ids=samples.ids[rows],
+        hashes=samples.hashes[rows],
         names=None,
     )
 
 
-def _inputs(images: SampleSet, rows: np.ndarray[Any, Any], data: Data) -> Tensor:
-    return torch.from_numpy(to_input(images.contents[rows], data.preprocess))
+def _inputs(samples: SampleSet, rows: np.ndarray[Any, Any], data: Data) -> Tensor:
+    return torch.from_numpy(to_input(samples.contents[rows], data.preprocess))

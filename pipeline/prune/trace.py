@@ -4,7 +4,8 @@ Two channels belong to one unit if a layer reads both, or if one turns into the 
 of everything `probe.py` found. Units that take equally many channels from the same places form a
 group. A transformer's residual width is one unit, since its LayerNorm mixes all of it; the units
 of a feed-forward layer, of a grouped convolution or of attention whose heads are split by a fixed
-head width come out by themselves. The heads of nn.MultiheadAttention are added.
+head width come out by themselves; where the attention says how many heads it has, that number is
+cut with them. The heads of nn.MultiheadAttention are added.
 
 A group may be cut only if that is proven sound: with half of its units gone the network computes
 what the dense one computes when whoever reads those channels multiplies them by zero. What fails
@@ -23,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from ...exporters.reference import evaluating
-from ...models.plan import FewerHeads, is_within
+from ...models.plan import FewerHeads, head_count, is_within
+from ..train.reproducible import own_attention
 from .cut import Place, Side, cut, silence
-from .probe import FAILURES, LOGITS, NORMS, Wiring, find_wiring, noise, own_attention
+from .probe import FAILURES, LOGITS, NORMS, Wiring, find_wiring
 from .protect import is_protected
 
 # rounding of float32 through a hundred layers, relative to the largest logit; a wrong cut is ≫ 1 %
@@ -48,6 +50,13 @@ class Group:
     def units(self) -> int:
         return len(next(iter(self.places.values())))
 
+    @property
+    def head_width(self) -> int | None:
+        """Channels of a head, where the units are those of attention that consists of layers."""
+        is_heads = any(side == "heads" for _, side in self.places)
+        widths = [index.shape[1] for (_, side), index in self.places.items() if side == "out"]
+        return widths[0] if is_heads and widths else None
+
 
 @dataclass(frozen=True)
 class Protected:
@@ -65,20 +74,20 @@ class Groups:
     protected: tuple[Protected, ...]
 
 
-def find_groups(
-    network: nn.Module, input_shape: Sequence[int], *, protect: Sequence[str] = ()
-) -> Groups:
+def find_groups(network: nn.Module, example: Tensor, *, protect: Sequence[str] = ()) -> Groups:
     """The network's groups; it is left as it is.
 
     Args:
-        input_shape: (C, H, W).
+        example: two inputs (`example.py`).
         protect: paths of modules (see `protect.py`) that stay as they are, inside and out.
     Raises:
         ModelError: the network cannot be traced.
     """
-    wiring = find_wiring(network, input_shape)
+    wiring = find_wiring(network, example)
     groups, protected = _gather(network, wiring)
-    groups += _heads(network)
+    groups = [_counted(group, network) for group in groups] + _heads(network)
+    if wiring.unknown:
+        protected.append(Protected(wiring.unknown, "reads something without a batch axis"))
     free = []
     for group in groups:
         why = _obvious(group, network, protect)
@@ -86,7 +95,7 @@ def find_groups(
             protected.append(Protected(_layers(group), why))
         else:
             free.append(group)
-    sound, unsound = _prove(network, free, input_shape)
+    sound, unsound = _prove(network, free, example)
     return Groups(tuple(sound), tuple(protected + unsound))
 
 
@@ -129,7 +138,7 @@ def lost_places(groups: Sequence[Group], kept: dict[str, Tensor]) -> dict[Place,
 
 
 def difference_from_silenced(
-    network: nn.Module, groups: Sequence[Group], kept: dict[str, Tensor], images: Tensor
+    network: nn.Module, groups: Sequence[Group], kept: dict[str, Tensor], inputs: Tensor
 ) -> float | str:
     """How far the cut network is from the dense one that ignores the same units.
 
@@ -140,7 +149,7 @@ def difference_from_silenced(
     try:
         cut(smaller, kept_places(network, groups, kept))
         with torch.no_grad(), own_attention(), evaluating(silent), evaluating(smaller):
-            expected, got = silent(images), smaller(images)
+            expected, got = silent(inputs), smaller(inputs)
     except FAILURES as error:
         return f"cut, the network fails ({' '.join(str(error).split())[:160]})"
     if got.shape != expected.shape:
@@ -258,6 +267,25 @@ def _heads(network: nn.Module) -> list[Group]:
     return groups
 
 
+def _counted(group: Group, network: nn.Module) -> Group:
+    """The group with the innermost attention whose heads its units are, if one counts them.
+
+    Units of one channel a layer are those of a feed-forward layer, however many there are.
+    """
+    outputs = [path for path, side in group.places if side == "out"]
+    if min(index.shape[1] for index in group.places.values()) == 1:
+        return group
+    holders = [
+        path
+        for path, part in network.named_modules()
+        if head_count(part) == group.units and all(is_within(out, path) for out in outputs)
+    ]
+    if not holders:
+        return group
+    heads: Place = (max(holders, key=len), "heads")
+    return Group(group.name, {heads: torch.arange(group.units)[:, None], **group.places})
+
+
 def _obvious(group: Group, network: nn.Module, protect: Sequence[str]) -> str:
     """Why the group stays, where that needs no trial; empty if it needs one."""
     named = [path for path in _layers(group) if is_protected(path, protect)]
@@ -283,16 +311,15 @@ def _tied(network: nn.Module) -> set[str]:
 
 
 def _prove(
-    network: nn.Module, groups: Sequence[Group], input_shape: Sequence[int]
+    network: nn.Module, groups: Sequence[Group], example: Tensor
 ) -> tuple[list[Group], list[Protected]]:
     """Sound groups and the others, by halves: all at once where all is well."""
-    images = noise(input_shape, batch=2)
 
     def check(some: Sequence[Group]) -> tuple[list[Group], list[Protected]]:
         if not some:
             return [], []
         kept = {group.name: torch.arange(0, group.units, 2) for group in some}
-        found = difference_from_silenced(network, some, kept, images)
+        found = difference_from_silenced(network, some, kept, example)
         if isinstance(found, float) and found <= SOUND:
             return list(some), []
         if len(some) > 1:
@@ -316,8 +343,7 @@ def _size(network: nn.Module, place: Place) -> int:
     path, side = place
     part = network.get_submodule(path)
     if side == "heads":
-        assert isinstance(part, FewerHeads | nn.MultiheadAttention)
-        return part.num_heads
+        return head_count(part)
     if isinstance(part, nn.Conv2d):
         return part.in_channels if side == "in" else part.out_channels
     if isinstance(part, nn.Linear):

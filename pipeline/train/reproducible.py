@@ -23,11 +23,26 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
 
 
 @contextmanager
+def own_attention() -> Iterator[None]:
+    """Inside, torch's transformer layers call their modules instead of one fused kernel."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
 def reproducible(*, threads: int, device: str) -> Iterator[None]:
-    """Fixed thread count, deterministic cuDNN, and random states of one's own; all put back."""
+    """Fixed thread count, deterministic cuDNN, and random states of one's own; all put back.
+
+    torch's fused transformer layer is off: in evaluation alone it takes the place of the modules,
+    and under bf16 autocast it fails (torch 2.13).
+    """
     before = torch.get_num_threads(), cudnn.deterministic, cudnn.benchmark
     devices = [torch.cuda.current_device()] if device == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), own_attention():
         torch.set_num_threads(threads)
         cudnn.deterministic, cudnn.benchmark = True, False
         try:

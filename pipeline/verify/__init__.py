@@ -1,1 +1,2 @@
-"""Verification: numeric parity rung by rung, and the evidence that the gate judges."""
+"""Verification: numeric parity rung by rung, the evidence that the gate judges, and any file held
+against any reference (`compress verify`)."""

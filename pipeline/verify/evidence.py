@@ -1,13 +1,15 @@
 """The evidence a verdict rests on: the parity ladder, and every model once over the test set.
 
 The test set is opened here and nowhere earlier. `samples.parquet` holds, for each test sample, its
-content hash, its label and, for each model, the prediction, p(label), the top-1 probability and the
-margin between the best two: gates, slices and comparisons of releases need nothing else.
+content hash (with #2, #3, … where the same content is there again), its label and, for each model,
+the prediction, the label's rank (0: the prediction), p(label), the top-1 probability and the margin
+between the best two: gates, slices and comparisons of releases need nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +20,8 @@ from numpy.typing import NDArray
 
 from ..data.dataset import Data, open_data
 from ..data.inputs import to_input
-from ..gate import drop_upper_bound
 from ..measure.accuracy import Scores, logits_of_module, logits_of_onnx, score
+from ..measure.paired import drop_upper_bound
 from ..release import SAMPLES
 from ..stage import Context
 from .parity import climb_ladder
@@ -142,22 +144,33 @@ def _pair(scores: Mapping[str, Scores], reference: str, candidate: str) -> dict[
         "n": n,
         "lost": lost,
         "gained": gained,
-        "upper_bound_95": drop_upper_bound(lost, gained, n=n, confidence=CONFIDENCE),
+        "upper_bound_95": float(drop_upper_bound(lost, gained, n=n, confidence=CONFIDENCE)),
     }
 
 
 def _write_samples(path: Path, data: Data, scores: Mapping[str, Scores]) -> None:
     columns: dict[str, Any] = {
-        "id": list(data.test.hashes),
+        "id": _unique(data.test.hashes),
         "label": data.test.labels.astype(np.int32),
     }
     for role, s in scores.items():
         columns[f"{role}_prediction"] = s.prediction.astype(np.int32)
+        columns[f"{role}_rank"] = s.rank.astype(np.int32)
         columns[f"{role}_p_label"] = _float32(s.p_label)
         columns[f"{role}_top1_probability"] = _float32(s.top1_probability)
         columns[f"{role}_margin"] = _float32(s.margin)
     table = pa.table(columns).replace_schema_metadata({"class_names": "\n".join(data.class_names)})
     pq.write_table(table, path)
+
+
+def _unique(hashes: Iterable[str]) -> list[str]:
+    """The same content twice in the test set is two samples, and an id names one."""
+    seen: Counter[str] = Counter()
+    ids = []
+    for one in hashes:
+        seen[one] += 1
+        ids.append(str(one) if seen[one] == 1 else f"{one}#{seen[one]}")
+    return ids
 
 
 def _float32(values: NDArray[Any]) -> NDArray[np.float32]:

@@ -52,13 +52,14 @@ FLOAT64, FLOAT32 = "torch float64", "torch float32"
 EXPORTED_OFF, EXPORTED_ON = "exported, optimizations off", "exported, optimizations on"
 FINAL = "final float"
 INT8_OFF, INT8_ON = "int8, optimizations off", "int8, optimizations on"
+REFERENCE_INT8 = "reference int8, optimizations off"
 
 
 def climb_ladder(
     module: nn.Module | None,
     *,
     exported: Path,
-    final_float: Path,
+    final_float: Path | None,
     int8: Path | None,
     inputs: Array,
     threads: int,
@@ -69,7 +70,8 @@ def climb_ladder(
         module: the float network, float32 parameters, on the CPU. For a .pt2 program its module;
             where that cannot run in float64, float32 is the root and the first rung says so. None:
             there is only the file `exported`, which is then the root.
-        exported, final_float, int8: ONNX files; without `int8` its rungs are absent.
+        exported, final_float, int8: ONNX files; without `int8` its rungs are absent. Without
+            `final_float`, `exported` is what int8 was made from.
         inputs: ≥ 64 real prepared samples. float32, (N, C, H, W): all zeros and all ones are
             added to them. int64, (N, K, S), texts of mixed lengths: batches of several are padded,
             single ones are not, so the last rungs show that padding changes no answer.
@@ -87,13 +89,14 @@ def climb_ladder(
     real = len(inputs)
     if inputs.dtype.kind == "f":
         inputs = np.concatenate([inputs, np.zeros_like(inputs[:1]), np.ones_like(inputs[:1])])
-    fixed = batch_size(read_model(final_float))
-    size = fixed or BATCH_SIZE
+    fixed = batch_size(read_model(int8 or final_float or exported))
+    size = batch_size(read_model(exported)) or fixed or BATCH_SIZE
 
     def logits(path: Path, *, optimize: bool) -> Array:
         return run_batches(open_session(path, threads=threads, optimize=optimize), inputs, size)
 
-    steps = [(EXPORTED_ON, exported, True), (FINAL, final_float, True)]
+    steps = [(EXPORTED_ON, exported, True)]
+    steps += [] if final_float is None else [(FINAL, final_float, True)]
     if module is None:
         root_name, root, floor = EXPORTED_OFF, logits(exported, optimize=False), 0.0
         above_name, above = root_name, root
@@ -112,14 +115,45 @@ def climb_ladder(
     noise = 0.0
     if int8 is not None:
         off, on = logits(int8, optimize=False), logits(int8, optimize=True)
-        rungs.append(_against_float(INT8_OFF, FINAL, above, off))
-        _note_root(rungs[-1], root_name, root, off)
-        noise = _noise(above, off)
-        rungs.append(_same_answers(INT8_ON, INT8_OFF, off, on, noise=noise))
-        _note_root(rungs[-1], root_name, root, on)
+        noise = int8_noise(above, off)
+        rungs += _int8_rungs(off, on, above=(above_name, above), root=(root_name, root))
     if fixed is None:
         rungs += _batch_rungs(final_float, int8, inputs, floor=floor, noise=noise, threads=threads)
     return rungs
+
+
+def _int8_rungs(
+    off: Array, on: Array, *, above: tuple[str, Array], root: tuple[str, Array]
+) -> list[Rung]:
+    """int8 against the last float file, and with onnxruntime's optimizations against without."""
+    noise = int8_noise(above[1], off)
+    rungs = [
+        _against_float(INT8_OFF, *above, off),
+        same_answers(INT8_ON, INT8_OFF, off, on, noise=noise),
+    ]
+    for rung, found in zip(rungs, (off, on), strict=True):
+        _note_root(rung, *root, found)
+    return rungs
+
+
+def climb_int8(reference: Path, int8: Path, *, inputs: Array, threads: int) -> list[Rung]:
+    """As `climb_ladder`, of two int8 files: answers are judged, for their encodings may differ.
+
+    Raises:
+        ExportError, RuntimeFailure: a file that does not run at all.
+    """
+
+    def logits(path: Path, *, optimize: bool) -> Array:
+        return run_batches(open_session(path, threads=threads, optimize=optimize), inputs, size)
+
+    size = batch_size(read_model(int8)) or BATCH_SIZE
+    root = logits(reference, optimize=False)
+    off, on = logits(int8, optimize=False), logits(int8, optimize=True)
+    return [
+        _root_rung(REFERENCE_INT8, root, "the int8 file that was given"),
+        same_answers(INT8_OFF, REFERENCE_INT8, root, off, noise=0.0),
+        same_answers(INT8_ON, INT8_OFF, off, on, noise=0.0),
+    ]
 
 
 def _torch_root(
@@ -173,7 +207,7 @@ def _against_float(name: str, above: str, reference: Array, found: Array) -> Run
     return _rung(name, above, compare(reference, found), tolerance=None, passed=True, note=note)
 
 
-def _same_answers(name: str, above: str, reference: Array, found: Array, *, noise: float) -> Rung:
+def same_answers(name: str, above: str, reference: Array, found: Array, *, noise: float) -> Rung:
     """The same int8 file run another way: the answers must be the same but for near ties.
 
     noise: what int8 costs one logit, root mean square. A pair of logits is a near tie when they
@@ -191,7 +225,7 @@ def _same_answers(name: str, above: str, reference: Array, found: Array, *, nois
     return _rung(name, above, agreement, tolerance=None, passed=passed, note=note)
 
 
-def _noise(floating: Array, int8: Array) -> float:
+def int8_noise(floating: Array, int8: Array) -> float:
     """Root mean square of int8's own error; 0 where it cannot be told, which excuses nothing."""
     if compare(floating, int8).problem is not None:
         return 0.0
@@ -199,7 +233,7 @@ def _noise(floating: Array, int8: Array) -> float:
 
 
 def _batch_rungs(
-    final_float: Path,
+    final_float: Path | None,
     int8: Path | None,
     inputs: Array,
     *,
@@ -220,7 +254,7 @@ def _batch_rungs(
         for size, found in zip(ODD_BATCHES[1:], others, strict=True):
             name = f"{kind}, batch {size}"
             if kind == "int8":
-                yield _same_answers(name, above, single, found, noise=noise)
+                yield same_answers(name, above, single, found, noise=noise)
             else:
                 yield _float_rung(name, above, single, found, floor)
 

@@ -17,13 +17,8 @@ import pytest
 from edgestill.pipeline.errors import MeasurementError, RuntimeFailure
 from edgestill.pipeline.measure import agent_process
 from edgestill.pipeline.measure.agent_process import AGENT, Child, explain_exit, running
-from edgestill.pipeline.measure.latency import (
-    BLOCKS,
-    Row,
-    block_order,
-    measure_latency,
-    speedup,
-)
+from edgestill.pipeline.measure.latency import measure_latency, speedup
+from edgestill.pipeline.measure.turns import BLOCKS, Row, block_order
 from edgestill.pipeline.stage import Silent
 
 Save = Callable[..., Path]

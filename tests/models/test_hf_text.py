@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from edgestill.models.hf_text import (
     check_vocabulary,
     most_tokens,
     pad_id,
-    principal_directions,
 )
 from edgestill.models.source import Network, open_network
 from edgestill.models.store import count_parameters, load_network, save_network
@@ -446,18 +446,6 @@ def test_embeddings_that_the_folder_has_too_few_of(
         given(opened(folder, **args), folder, init="embeddings", head="new")
 
 
-def test_principal_directions_keep_what_any_rank_keeps_best() -> None:
-    table = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) @ torch.diag(
-        torch.tensor([5.0, 3.0, 1.0, 0.1, 0.1, 0.1])
-    )
-    found = principal_directions(table, 3)
-    centred = table.double() - table.double().mean(0)
-    torch.testing.assert_close(found.T @ found, torch.eye(3, dtype=torch.float64))
-    lost = (centred - centred @ found @ found.T).square().sum()
-    torch.testing.assert_close(lost, torch.linalg.svdvals(centred)[3:].square().sum())
-    torch.testing.assert_close(principal_directions(-table, 3), found)  # whatever the signs
-
-
 def test_from_scratch_nothing_is_read(tmp_path: Path) -> None:
     folder = saved(tmp_path, bert())
     network = opened(folder, hidden_size=8)
@@ -575,3 +563,16 @@ def test_a_real_minilm_is_cut_to_three_layers(minilm: Path) -> None:
     assert logits.shape == (2, 2)
     assert bool(torch.isfinite(logits).all())
     assert dataclasses.replace(three).args == {"num_hidden_layers": 3}
+
+
+def test_without_transformers_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path, bert())
+    monkeypatch.setitem(sys.modules, "transformers", None)  # importing it fails
+
+    with pytest.raises(ModelError, match=r"pip install 'edgestill\[hf\]'"):
+        opened(folder)
+
+    images = open_network("resnet8", args={}, classes=3, input_shape=(3, 32, 32), seed=0)
+    assert images.trainable

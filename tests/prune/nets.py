@@ -132,3 +132,27 @@ class Attention(nn.Module):
         x = x + self.mix(mixed.transpose(1, 2).flatten(2))
         logits: Tensor = self.out(x.mean(1))
         return logits
+
+
+class Words(nn.Module):
+    """Tokens (N, 2, S) through torch's own encoder, padding masked, to the mean of what is real."""
+
+    input_names = ("input_ids", "attention_mask")
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(words, 16), nn.Embedding(40, 16)
+        layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.out = nn.Linear(16, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.answer(*tokens.unbind(1))
+
+    def answer(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        x = self.words(input_ids) + self.places(places)
+        x = self.encoder(x, src_key_padding_mask=attention_mask == 0)
+        real = attention_mask[..., None].float()
+        logits: Tensor = self.out((x * real).sum(1) / real.sum(1))
+        return logits

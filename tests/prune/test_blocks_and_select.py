@@ -12,6 +12,7 @@ from edgestill.exporters.audit import multiply_adds
 from edgestill.models import zoo
 from edgestill.pipeline.prune.blocks import find_blocks, removal_order, without
 from edgestill.pipeline.prune.cost import count_multiply_adds
+from edgestill.pipeline.prune.example import noise
 from edgestill.pipeline.prune.search import recalibrate
 from edgestill.pipeline.prune.select import allowed_count, choose, kept_units
 from edgestill.pipeline.prune.timing import export_for_timing
@@ -43,22 +44,22 @@ def test_blocks_are_those_with_a_way_around_them(
     channels = 1 if name.startswith("plain") else 3
     network = zoo.build(name, args, classes=4, in_channels=channels).eval()
 
-    assert list(find_blocks(network, (channels, 32, 32))) == expected
+    assert list(find_blocks(network, noise((channels, 32, 32)))) == expected
 
 
 def test_user_blocks_are_found_whole(nets: ModuleType) -> None:
     # the gate inside passes its input on too, but is a part of the block
-    assert find_blocks(nets.settle(nets.Gated()), IMAGE) == ("block",)
-    assert find_blocks(nets.settle(nets.Transformer()), IMAGE) == ("layers.0", "layers.1")
-    assert find_blocks(nets.settle(nets.Concatenating()), IMAGE) == ()
+    assert find_blocks(nets.settle(nets.Gated()), noise(IMAGE)) == ("block",)
+    assert find_blocks(nets.settle(nets.Transformer()), noise(IMAGE)) == ("layers.0", "layers.1")
+    assert find_blocks(nets.settle(nets.Concatenating()), noise(IMAGE)) == ()
 
 
 @pytest.mark.parametrize("protect", [["layer1.0.conv1"], ["layer1.0"], ["layer1"]])
 def test_protected_blocks_stay_with_what_is_inside_them(protect: list[str]) -> None:
     network = zoo.build("resnet14", {"width": 0.25}, classes=4, in_channels=3).eval()
 
-    assert "layer1.0" not in find_blocks(network, (3, 16, 16), protect=protect)
-    assert ("layer1.1" in find_blocks(network, (3, 16, 16), protect=protect)) == (
+    assert "layer1.0" not in find_blocks(network, noise((3, 16, 16)), protect=protect)
+    assert ("layer1.1" in find_blocks(network, noise((3, 16, 16)), protect=protect)) == (
         protect != ["layer1"]
     )
 
@@ -69,7 +70,7 @@ def test_least_harmful_block_leaves_first_and_harm_is_that_of_all_that_left() ->
     with torch.no_grad():
         network.get_parameter("layer2.1.bn2.weight").mul_(1e-3)  # hardly adds anything
     images = torch.randn(32, 3, 16, 16)
-    blocks = find_blocks(network, (3, 16, 16))
+    blocks = find_blocks(network, noise((3, 16, 16)))
 
     order = list(removal_order(network, blocks, images, at_most=3))
 
@@ -94,7 +95,7 @@ def test_block_without_which_the_net_does_not_run_is_not_offered(nets: ModuleTyp
             return logits
 
     network = Asking().eval()
-    blocks = find_blocks(network, IMAGE)
+    blocks = find_blocks(network, noise(IMAGE))
 
     assert blocks == ("net.block",)
     assert not list(removal_order(network, blocks, torch.randn(4, *IMAGE), at_most=1))
@@ -157,9 +158,11 @@ def test_multiply_adds_agree_with_the_exported_file(
 ) -> None:
     network = getattr(nets, name)().eval()
 
-    export_for_timing(network, IMAGE, tmp_path / "a.onnx")
+    export_for_timing(network, noise(IMAGE).numpy(), tmp_path / "a.onnx")
 
-    assert count_multiply_adds(network, IMAGE) == multiply_adds(onnx.load(tmp_path / "a.onnx"))
+    assert count_multiply_adds(network, noise(IMAGE)) == multiply_adds(
+        onnx.load(tmp_path / "a.onnx")
+    )
 
 
 def test_recalibrated_statistics_are_means_over_batches_and_nothing_else_changes() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from edgestill.pipeline.errors import RecipeError
+from edgestill.pipeline.prune.example import noise
 from edgestill.pipeline.prune.importance import (
     bn_shares,
     group_scores,
@@ -99,7 +100,7 @@ def test_heads_count_their_own_projections() -> None:
 def test_every_group_of_every_kind_of_net_gets_a_score_for_each_unit(nets: ModuleType) -> None:
     for made in (nets.Concatenating(), nets.Gated(), nets.Transformer()):
         network = nets.settle(made)
-        groups = find_groups(network, (3, 8, 8)).free
+        groups = find_groups(network, noise((3, 8, 8))).free
         batch = (torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]))
 
         for measure, shares in (

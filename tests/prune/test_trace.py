@@ -12,6 +12,7 @@ from edgestill.exporters.reference import evaluating
 from edgestill.models import zoo
 from edgestill.pipeline.errors import ModelError, RecipeError
 from edgestill.pipeline.prune.cut import cut
+from edgestill.pipeline.prune.example import noise
 from edgestill.pipeline.prune.protect import find_protected
 from edgestill.pipeline.prune.trace import Group, find_groups, kept_places, lost_places
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def test_pruned_zoo_net_equals_dense_net_with_those_channels_zeroed(
     channels = 1 if name.startswith("plain") else 3
     shape = (channels, 32, 32) if channels == 3 else (1, 8, 8)
     network = nets.settle(zoo.build(name, ZOO[name], classes=5, in_channels=channels))
-    groups = find_groups(network, shape).free
+    groups = find_groups(network, noise(shape)).free
     kept = halves(groups)
     smaller = copy.deepcopy(network)
 
@@ -88,7 +89,7 @@ def test_pruned_zoo_net_equals_dense_net_with_those_channels_zeroed(
 def test_option_a_residual_widths_leave_together_in_all_stages() -> None:
     network = zoo.build("resnet8", {}, classes=4, in_channels=3)
 
-    groups = find_groups(network, (3, 32, 32))
+    groups = find_groups(network, noise((3, 32, 32)))
 
     width = next(group for group in groups.free if group.name == "conv1")
     unit = {place: index[3].tolist() for place, index in width.places.items()}
@@ -104,14 +105,14 @@ def test_option_a_residual_widths_leave_together_in_all_stages() -> None:
 
 def test_logits_are_never_cut(nets: ModuleType) -> None:
     for network in (nets.Concatenating(), nets.Gated(), nets.Transformer()):
-        groups = find_groups(nets.settle(network), IMAGE)
+        groups = find_groups(nets.settle(network), noise(IMAGE))
 
         assert not any(("out", "out") in group.places for group in groups.free)
         assert any(p.layers == ("out",) and "logits" in p.why for p in groups.protected)
 
 
 def test_flattened_pixels_belong_to_their_channel(nets: ModuleType) -> None:
-    groups = {g.name: g for g in find_groups(nets.settle(nets.Concatenating()), IMAGE).free}
+    groups = {g.name: g for g in find_groups(nets.settle(nets.Concatenating()), noise(IMAGE)).free}
 
     # 4 × 4 pixels after pooling; `right` stands behind the 16 channels of `left`
     assert groups["left"].places["hidden", "in"][2].tolist() == list(range(32, 48))
@@ -120,7 +121,7 @@ def test_flattened_pixels_belong_to_their_channel(nets: ModuleType) -> None:
 
 
 def test_depthwise_and_gated_channels_are_one_unit_each(nets: ModuleType) -> None:
-    groups = {g.name: g for g in find_groups(nets.settle(nets.Gated()), IMAGE).free}
+    groups = {g.name: g for g in find_groups(nets.settle(nets.Gated()), noise(IMAGE)).free}
 
     unit = {place: index[5].tolist() for place, index in groups["block.widen"].places.items()}
     assert unit == {
@@ -132,7 +133,7 @@ def test_depthwise_and_gated_channels_are_one_unit_each(nets: ModuleType) -> Non
 
 def test_grouped_convolution_and_group_norm_lose_whole_groups(nets: ModuleType) -> None:
     network = nets.settle(nets.Gated())
-    groups = find_groups(network, IMAGE).free
+    groups = find_groups(network, noise(IMAGE)).free
     stem = next(group for group in groups if group.name == "stem")
     kept = {"stem": torch.tensor([0, 3])}
 
@@ -151,7 +152,7 @@ def test_transformer_loses_heads_and_feed_forward_units(
     nets: ModuleType, batch_first: bool
 ) -> None:
     network = nets.settle(nets.Transformer(batch_first=batch_first))
-    groups = find_groups(network, IMAGE).free
+    groups = find_groups(network, noise(IMAGE)).free
     names = {group.name: group.units for group in groups}
 
     smaller = copy.deepcopy(network)
@@ -174,7 +175,7 @@ def test_transformer_loses_heads_and_feed_forward_units(
 
 
 def test_own_attention_split_by_head_width_loses_heads(nets: ModuleType) -> None:
-    (group,) = find_groups(nets.settle(nets.Attention(fixed_heads=False)), IMAGE).free
+    (group,) = find_groups(nets.settle(nets.Attention(fixed_heads=False)), noise(IMAGE)).free
 
     assert group.units == 4
     assert group.places["q", "out"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11],
@@ -185,7 +186,7 @@ def test_own_attention_split_by_head_width_loses_heads(nets: ModuleType) -> None
 def test_own_attention_with_a_fixed_number_of_heads_is_protected_with_the_reason(
     nets: ModuleType,
 ) -> None:
-    groups = find_groups(nets.settle(nets.Attention(fixed_heads=True)), IMAGE)
+    groups = find_groups(nets.settle(nets.Attention(fixed_heads=True)), noise(IMAGE))
 
     assert not groups.free
     assert any("computes something else" in p.why and "q" in p.layers for p in groups.protected)
@@ -198,7 +199,7 @@ def test_shared_weights_are_protected() -> None:
     )  # fmt: skip
     network[5].weight = network[3].weight
 
-    groups = find_groups(network, IMAGE)
+    groups = find_groups(network, noise(IMAGE))
 
     assert any("shares its weight" in p.why for p in groups.protected)
     assert not any(path in ("3", "5") for g in groups.free for path, _ in g.places)
@@ -207,7 +208,7 @@ def test_shared_weights_are_protected() -> None:
 def test_protected_paths_keep_every_group_they_touch(nets: ModuleType) -> None:
     network = nets.settle(nets.Concatenating())
 
-    groups = find_groups(network, IMAGE, protect=find_protected(network, ["hid*"]))
+    groups = find_groups(network, noise(IMAGE), protect=find_protected(network, ["hid*"]))
 
     assert [group.name for group in groups.free] == ["stem"]
     assert sum("prune.protect names hidden" in p.why for p in groups.protected) == 3
@@ -229,7 +230,7 @@ def test_network_that_takes_one_batch_size_only_cannot_be_traced() -> None:
             return logits
 
     with pytest.raises(ModelError, match=r"Fixed cannot be traced.*leave `prune` out"):
-        find_groups(Fixed(), IMAGE)
+        find_groups(Fixed(), noise(IMAGE))
 
 
 def test_tracing_leaves_the_network_as_it_was(nets: ModuleType) -> None:
@@ -237,7 +238,7 @@ def test_tracing_leaves_the_network_as_it_was(nets: ModuleType) -> None:
     before = copy.deepcopy(network.state_dict())
     enabled = torch.backends.mha.get_fastpath_enabled()
 
-    find_groups(network, IMAGE)
+    find_groups(network, noise(IMAGE))
 
     assert all(torch.equal(before[k], v) for k, v in network.state_dict().items())
     assert all(part.training for part in network.modules())

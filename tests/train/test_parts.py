@@ -11,7 +11,7 @@ from edgestill.pipeline.errors import OutputError
 from edgestill.pipeline.train.checkpoint import digest, load_checkpoint, save_checkpoint
 from edgestill.pipeline.train.optimizer import build_optimizer
 from edgestill.pipeline.train.precision import bf16_unit, choose_precision
-from edgestill.pipeline.train.reproducible import derive_seed
+from edgestill.pipeline.train.reproducible import derive_seed, reproducible
 from edgestill.pipeline.train.schedule import lr_factor, peak_lr
 from edgestill.pipeline.training_spec import TrainSpec
 from torch import nn
@@ -155,3 +155,19 @@ def test_digest_sees_value_dtype_shape_and_name() -> None:
     ]
 
     assert len({digest(state) for state in (base, *others)}) == 5
+
+
+def test_torchs_fused_transformer_layer_is_off_inside_and_put_back() -> None:
+    """Under bf16 autocast it fails in evaluation, where a teacher labels."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    before = torch.backends.mha.get_fastpath_enabled()
+
+    with (
+        reproducible(threads=1, device="cpu"),
+        torch.inference_mode(),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        answer = layer(torch.ones(2, 3, 16))
+
+    assert answer.isfinite().all()
+    assert torch.backends.mha.get_fastpath_enabled() == before

@@ -215,15 +215,15 @@ def test_int8_kernels_may_disagree_on_two_percent_and_by_chance_on_two(n, flips,
     reference = np.tile([1.0, 0.0], (n, 1))
     found = reference.copy()
     found[:flips] = found[:flips, ::-1]
-    rung = parity._same_answers("on", "off", reference, found, noise=0.5)
+    rung = parity.same_answers("on", "off", reference, found, noise=0.5)
     assert rung["passed"] is passed
     assert f"{flips} answers differ" in rung["note"]
 
 
 def test_ties_closer_than_int8s_noise_are_no_answers():
     reference, found = np.tile([1.0, 0.0], (66, 1)), np.tile([0.0, 1.0], (66, 1))
-    assert parity._same_answers("on", "off", reference, found, noise=0.8)["passed"]
-    assert not parity._same_answers("on", "off", reference, found, noise=0.6)["passed"]
+    assert parity.same_answers("on", "off", reference, found, noise=0.8)["passed"]
+    assert not parity.same_answers("on", "off", reference, found, noise=0.6)["passed"]
 
 
 def test_int8_that_computes_something_else_fused_fails(built, samples, monkeypatch):
