@@ -58,7 +58,9 @@ def entry(arguments: Sequence[str]) -> int:
         error.show()
         return UsageError.exit_code
     except (KeyboardInterrupt, click.Abort):
-        _complain("interrupted; finished stages are kept, the same command goes on from there")
+        resumes = arguments[0] in ("run", "quantize")  # something was interrupted, so there is one
+        kept = "; finished stages are kept, the same command goes on from there"
+        _complain(f"interrupted{kept if resumes else ''}")
         return Interrupted.exit_code
     except EdgestillError as error:
         _complain(str(error))

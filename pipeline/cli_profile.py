@@ -1,5 +1,5 @@
-"""`compress profile` and `compress devices`: parse, call, print, exit code. Nothing heavy is imported
-before it is needed.
+"""`compress profile` and `compress devices`: parse, call, print, exit code. Nothing heavy is
+imported before it is needed.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         if match is None:
             raise UsageError(f"{option}: expected numbers with commas between them, got {text!r}")
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
-    if option == "--threads" and 0 in found or not found:
+    if (option == "--threads" and 0 in found) or not found:
         raise UsageError(f"{option}: expected numbers from 1, got {text!r}")
     return tuple(dict.fromkeys(found))
 

@@ -63,7 +63,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, small_run: Path) -> Path
 
 
 def test_there_are_commands_to_run() -> None:
-    assert len(commands()) == 13
+    assert len(commands()) == 15
 
 
 def test_every_compress_command_runs(workplace: Path) -> None:
@@ -81,7 +81,7 @@ def test_every_compress_command_runs(workplace: Path) -> None:
         assert done.returncode in (0, 1, 3), f"{line}\n{done.stdout}{done.stderr}"
         ran.append(line)
 
-    assert len(ran) == 11
+    assert len(ran) == 13
 
 
 @pytest.mark.parametrize("script", ["scripts/demo", "scripts/test"])

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edgestill.pipeline.measure.agent_process import AGENT
+from edgestill.pipeline.measure.agent_process import AGENT, BOARD_FILES
 
 Ask = Callable[..., dict[str, Any]]
 
@@ -161,18 +161,72 @@ def test_what_libraries_print_never_reaches_the_protocol(tmp_path: Path) -> None
     assert b"there" in errors
 
 
-def test_it_is_python_3_9_and_imports_only_what_a_board_has() -> None:
-    tree = ast.parse(AGENT.read_text(), feature_version=(3, 9))
+def test_paced_runs_begin_at_their_rate_and_sleep_in_between(
+    ask: Ask, save_linear: Callable[..., Path], stored: str
+) -> None:
+    ask("start", kind="onnx")
+    ask("open", path=str(save_linear()), inputs=stored, threads=1)
 
-    imported = set()
+    begin = time.monotonic()
+    ran = ask("run", runs=6, least=1, seconds=10, rate_hz=50)
+    seconds = time.monotonic() - begin
+    short = ask("run", runs=10**6, least=2, seconds=0.1, rate_hz=50)
+
+    assert len(ran["durations_ns"]) == 6
+    assert seconds >= 5 / 50  # five pauses of 20 ms
+    assert 2 <= len(short["durations_ns"]) <= 6  # begun within 0.1 s
+
+
+def test_named_arrays_spinning_and_affinity_are_taken(
+    ask: Ask, save_linear: Callable[..., Path], inputs: np.ndarray, expected: np.ndarray,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    np.savez(tmp_path / "named.npz", input=inputs)
+    cpu = min(os.sched_getaffinity(0))
+    pid = ask("start", kind="onnx")["pid"]
+    opened = ask(
+        "open", path=str(save_linear()), inputs=str(tmp_path / "named.npz"), threads=1,
+        cold=True, spinning=False, affinity=[cpu],
+    )  # fmt: skip
+    placed = os.sched_getaffinity(pid)
+    outputs = ask("outputs")
+    ask("close")
+    ask("open", path=str(save_linear()), inputs=str(tmp_path / "named.npz"), threads=1)
+
+    logits = np.frombuffer(base64.b64decode(outputs["logits"]), dtype="<f4")
+    assert opened["settings"]["spinning"] == "off"
+    assert placed == {cpu}
+    assert os.sched_getaffinity(pid) == os.sched_getaffinity(0)  # given back
+    np.testing.assert_allclose(logits.reshape(expected.shape), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_it_says_how_the_machine_is(ask: Ask) -> None:
+    ask("start", kind="onnx")
+
+    first, second = ask("condition"), ask("condition")
+
+    assert second["at_s"] >= first["at_s"]
+    assert second["own_s"] >= first["own_s"] > 0
+
+
+@pytest.mark.parametrize("name", BOARD_FILES)
+def test_a_board_s_files_are_python_3_9_and_import_only_what_it_has(name: str) -> None:
+    tree = ast.parse(AGENT.with_name(name).read_text(), feature_version=(3, 9))
+
+    imported, siblings, future = set(), set(), False
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            siblings |= {f"{alias.name}.py" for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "a relative import needs a package around it"
+            future = future or node.module == "__future__"
             imported.add((node.module or "").partition(".")[0])
     assert imported
-    assert imported - set(sys.stdlib_module_names) == {"numpy"}
+    assert imported - set(sys.stdlib_module_names) == ({"numpy"} if name == AGENT.name else set())
+    assert siblings <= set(BOARD_FILES)
+    # X | None in an annotation runs on 3.9 only where it is not evaluated
+    assert future or name == AGENT.name
 
 
 def _converse(commands: list[dict[str, Any]], *, path: Path) -> tuple[list[dict[str, Any]], bytes]:

@@ -95,6 +95,7 @@ def loopback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loopback]:
         f"ListenAddress 127.0.0.1\nPort {port}\nHostKey {folder}/host\nPidFile none\n"
         f"AuthorizedKeysFile {folder}/user.pub\nStrictModes no\nUsePAM no\n"
         f'PasswordAuthentication no\nMaxStartups 100\nSetEnv "TMPDIR={temporary}"\n'
+        'ForceCommand echo "Welcome to {the board}"; eval "$SSH_ORIGINAL_COMMAND"\n'
     )
     (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {(folder / 'host.pub').read_text()}")
     config = folder / "config"

@@ -1,0 +1,1 @@
+"""How fast a file runs on a device, and why not faster."""
