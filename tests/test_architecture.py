@@ -21,10 +21,10 @@ LAYERS = {"models": {"models"}, "exporters": {"models", "exporters"},
           "pipeline": {"models", "exporters", "pipeline"}}  # fmt: skip
 SERVING = {"data", "train", "measure"}
 HEAVY = {"torch", "onnx", "onnxruntime", "transformers", "scipy", "onnxsim", "sklearn", "pyarrow"}
-LIGHT = ["cli", "cli_options", "cli_profile", "cli_verify", "cli_gate", "rejudge", "manifest", "signature",
-         "consistency", "spec", "training_spec", "strategy", "conflicts", "recipe", "recipe_file", "file_recipe",
-         "gate", "markdown", "report", "selection", "release", "workspace", "errors",
-         "stage", "console"]  # fmt: skip
+LIGHT = ["cli", "cli_options", "cli_profile", "cli_verify", "cli_gate", "rejudge", "manifest",
+         "signature", "consistency", "spec", "training_spec", "strategy", "conflicts", "recipe",
+         "recipe_file", "file_recipe", "gate", "markdown", "report", "selection", "release",
+         "workspace", "errors", "stage", "console"]  # fmt: skip
 
 
 def our_imports(path: Path) -> Iterator[tuple[str, ...]]:
