@@ -9,20 +9,18 @@ of classes and preprocessing is in `hf_folder.py`, what is peculiar to text enco
 from __future__ import annotations
 
 import difflib
-import importlib
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
 from ..pipeline.errors import ModelError, WeightsError
 from . import hf_embeddings, hf_text, hf_vocabulary
 from .hf_folder import PREFIX, HfFolder
+from .hf_library import failures, open_transformers, quiet
 from .hf_text import TextClassifier
 from .weights import LoadReport, load_weights
 
@@ -210,8 +208,8 @@ def _from_config(folder: HfFolder, args: Mapping[str, Any], *, kind: Kind, class
             f"{where}: its problem_type is {task} ({OTHER_TASKS[task]} {each}); this job is "
             f"classification with one class {each}"
         )
-    transformers = _transformers(where)
-    with _quiet(transformers):
+    transformers = open_transformers(where)
+    with quiet(transformers):
         try:
             config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True)
             options, size = (
@@ -225,44 +223,11 @@ def _from_config(folder: HfFolder, args: Mapping[str, Any], *, kind: Kind, class
             network = getattr(transformers, AUTO[kind]).from_config(
                 config, dtype=torch.float32, trust_remote_code=False, **OPTIONS[kind]
             )
-        except _failures() as error:
+        except failures() as error:
             raise _no_classifier(folder, kind, where, error) from error
     if size is not None:
         hf_embeddings.factorize(network, size, where, keep=False)
     return network
-
-
-def _transformers(where: str) -> Any:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError as error:
-        raise ModelError(
-            f"{where}: needs transformers: pip install 'edgestill[hf]' ({error})"
-        ) from error
-
-
-def _failures() -> tuple[type[Exception], ...]:
-    """What transformers raises on a folder or an option that it cannot use."""
-    hub = importlib.import_module("huggingface_hub.errors")
-    checked: type[Exception] = hub.StrictDataclassError  # an option of the wrong kind
-    damaged: type[Exception] = safetensors.SafetensorError
-    return (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, AttributeError,
-            checked, damaged)  # fmt: skip
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """No bars and no advice on the terminal; what matters becomes an error here."""
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _override(config: Any, args: Mapping[str, Any], where: str) -> None:
@@ -288,8 +253,8 @@ def _pretrained(
     folder: HfFolder, *, kind: Kind, keep: bool, where: str
 ) -> tuple[nn.Module, list[str]]:
     """The folder's own network in eval mode, and the names of what its weights lack."""
-    transformers = _transformers(where)
-    with _quiet(transformers), torch.random.fork_rng(devices=[]):
+    transformers = open_transformers(where)
+    with quiet(transformers), torch.random.fork_rng(devices=[]):
         try:
             network, info = getattr(transformers, AUTO[kind]).from_pretrained(
                 folder.path,
@@ -304,7 +269,7 @@ def _pretrained(
                 f"{where}: its weights hold pickled code, which is not run; save them again as "
                 "safetensors (save_pretrained does)"
             ) from error
-        except _failures() as error:
+        except failures() as error:
             said = " ".join(str(error).split())[:200]
             raise WeightsError(f"{where}: its weights cannot be read: {said}") from error
     missing = sorted(info["missing_keys"])

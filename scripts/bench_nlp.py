@@ -102,7 +102,8 @@ def students(name: str, given: argparse.Namespace) -> dict[str, Any]:
     wishes = {
         "no teacher": {"teacher": None, "distill": None, "student": {"train": plain}},
         "from scratch": {"student": {"init": "scratch", "head": "keep", "keep_layers": None,
-                                     "args": {"num_hidden_layers": len(_kept(recipe))}}},
+                                     "args": {**recipe.student.args,
+                                              "num_hidden_layers": len(_kept(recipe))}}},
     }  # fmt: skip
     found = {}
     for label, wish in wishes.items():

@@ -99,6 +99,10 @@ RULES: Mapping[str, str] = {
 }
 
 
+OF_OPERATORS = {  # what a policy lists, where no number could be another
+    "allowed_ops": "a file without these operators, or a policy that lists them",
+    "baseline.new_ops": "a file without these operators, or `new_ops: true` in the policy",
+}
 NO_LIMIT = ("parity", "budget")  # what no policy can loosen
 
 
@@ -152,6 +156,8 @@ def what_would_change(check: Check, report: Report) -> list[str]:
     outcome = check.waiver.outcome if check.waiver else check.outcome
     if outcome == "skipped":
         return ["the policy decides whether it is judged here"]
+    if outcome != "pass" and check.name in OF_OPERATORS:
+        return [OF_OPERATORS[check.name]]
     decides = check.value if check.bound is None else check.bound
     if outcome == "invalid" or check.limit is None or decides is None or check.name in NO_LIMIT:
         return []
@@ -181,7 +187,7 @@ def what_would_change(check: Check, report: Report) -> list[str]:
             f"about {number(seen)} or {'less' if is_ceiling else 'more'} instead of "
             f"{number(check.value)}, if the bound stays as far away"
         )
-    found.append(f"a limit of {_strictest(decides, is_ceiling)}: that is another promise")
+    found.append(f"a limit of {_strictest(decides, is_ceiling)}, which promises less")
     return found
 
 

@@ -280,3 +280,11 @@ def test_the_document_has_every_field_of_the_verdict(judged: Any) -> None:
     judgement = judged(*ALL)
 
     assert judgement.verdict.model_dump(mode="json").items() <= to_document(judgement).items()
+
+
+@pytest.mark.parametrize("name", ["baseline.new_ops", "allowed_ops"])
+def test_of_operators_no_other_number_is_proposed(name: str, judged: Any) -> None:
+    text = explain.explain(judged(check(name, "fail", value=2.0, limit=0.0)), name)
+
+    assert "a file without these operators" in text
+    assert "a limit of" not in text
