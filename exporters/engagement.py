@@ -66,10 +66,10 @@ def engagement(path: Path, inputs: Array | None = None, *, threads: int = 1) -> 
         RuntimeFailure: onnxruntime failed.
     """
     portable = read_model(path)
-    marked = _marked(portable)
+    marked = marked_copy(portable)
     costs = _costs(marked, path)
     optimized, kernels, runs = optimize(marked, inputs, threads=threads, where=str(path))
-    found = _find_again(portable, [kernel.node for kernel in kernels], costs)
+    found = find_again(portable, [kernel.node for kernel in kernels], costs)
     view = View.of(portable)
     nodes = [_describe(portable, i, costs[i], kernels, found, view) for i in sorted(costs)]
     total = sum(costs.values())
@@ -82,7 +82,7 @@ def engagement(path: Path, inputs: Array | None = None, *, threads: int = 1) -> 
         "nodes": nodes,
         "float_between_qdq": _float_islands(kernels, optimized, portable, view),
         "quantize_nodes_left": _conversions_left(optimized),
-        "kernels": dict(sorted(Counter(_label(kernel.node) for kernel in kernels).items())),
+        "kernels": dict(sorted(Counter(label(kernel.node) for kernel in kernels).items())),
         "not_found": [node["name"] for node in nodes if node["kernel"] is None],
         "onnxruntime": ort.__version__,
         "threads": threads,
@@ -138,7 +138,8 @@ def _costs(marked: ModelProto, path: Path) -> dict[int, int]:
     }
 
 
-def _marked(portable: ModelProto) -> ModelProto:
+def marked_copy(portable: ModelProto) -> ModelProto:
+    """The graph with each node named by its place."""
     copy = ModelProto()
     copy.CopyFrom(portable)
     for place, node in enumerate(copy.graph.node):
@@ -146,10 +147,11 @@ def _marked(portable: ModelProto) -> ModelProto:
     return copy
 
 
-def _find_again(
+def find_again(
     portable: ModelProto, nodes: Sequence[NodeProto], costs: dict[int, int]
 ) -> dict[int, int]:
-    """Place in the portable graph → place in the optimized one, where that is beyond doubt."""
+    """Place in the portable graph → place in the optimized one, where that is beyond doubt. Of the
+    places that `costs` names: Conv, Gemm and MatMul."""
     candidates = {
         index: _origins(node, portable, costs)
         for index, node in enumerate(nodes)
@@ -209,7 +211,7 @@ def _describe(
         "name": node.name or node.output[0],
         "op": node.op_type,
         "multiply_adds": cost,
-        "kernel": _label(kernel.node) if kernel else None,
+        "kernel": label(kernel.node) if kernel else None,
         "int8": int8,
         "requantized": (
             int8 and node.op_type in WEIGHTED_OPS and not view.is_dequantized(node.input[1])
@@ -240,7 +242,7 @@ def _float_islands(
         between = after & set(node.input) and before & set(node.output)
         if kernel.kind != "float" or not between:
             continue
-        origin = _origin(node, portable, view, readers)
+        origin = origin_of(node, portable, view, readers)
         if origin.op_type in PRODUCT_OPS | FLOAT_MULTIPLY:
             continue
         name = origin.name or origin.output[0]
@@ -254,7 +256,7 @@ def _float_islands(
     return list(islands.values())
 
 
-def _origin(
+def origin_of(
     node: NodeProto, portable: ModelProto, view: View, readers: dict[str, list[NodeProto]]
 ) -> NodeProto:
     """The node of the portable graph that this one is, or is a part of; else the node itself."""
@@ -295,5 +297,6 @@ def _time(kernels: Iterable[Kernel], kind: str) -> float | None:
     return float(sum(known)) if any(k.time_share is not None for k in kernels) else None
 
 
-def _label(node: NodeProto) -> str:
+def label(node: NodeProto) -> str:
+    """The operator, with its domain where that is a layout's."""
     return f"nchwc.{node.op_type}" if node.domain == NCHWC else node.op_type

@@ -12,6 +12,7 @@ import re
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,6 +23,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from ..pipeline.errors import ExportError, MeasurementError, RuntimeFailure
 from .feeds import as_input, entry_of, feed, fitted
+from .graph import attribute
 from .sessions import CANNOT_LOAD, DIED, SILENT, one_line, pad_batch
 from .stamp import write_model
 
@@ -33,6 +35,7 @@ INT8_MULTIPLY = frozenset(
      "ConvInteger", "DynamicQuantizeMatMul"}
 )  # fmt: skip
 CONVERSIONS = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
+WRITES_FLOAT = frozenset({"DequantizeLinear", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"})
 EIGHT_BITS = frozenset({TensorProto.UINT8, TensorProto.INT8})
 WARM_UP, RUNS, SECONDS = 2, 10, 1.0  # the first runs page in weights; then at most 10 within 1 s
 
@@ -54,6 +57,15 @@ class Optimized(NamedTuple):
     runs: int
 
 
+class Trace(NamedTuple):
+    """The graph that runs, the profiler's events (a Chrome trace; none without runs), and how many
+    runs count."""
+
+    model: ModelProto
+    events: list[dict[str, Any]]
+    runs: int
+
+
 def optimize(model: ModelProto, inputs: Array | None, *, threads: int, where: str) -> Optimized:
     """Opens the graph and, with inputs, runs it a dozen times at most.
 
@@ -67,6 +79,33 @@ def optimize(model: ModelProto, inputs: Array | None, *, threads: int, where: st
         MeasurementError: no inputs.
         RuntimeFailure: onnxruntime failed.
     """
+
+    def run(session: ort.InferenceSession) -> int:
+        assert inputs is not None
+        return _run(session, inputs, where)
+
+    traced = trace(model, None if inputs is None else run, threads=threads, where=where)
+    durations = node_microseconds(traced.events) if traced.events else {}
+    return Optimized(traced.model, kernels_of(traced.model, durations), traced.runs)
+
+
+def trace(
+    model: ModelProto,
+    run: Callable[[ort.InferenceSession], int] | None,
+    *,
+    threads: int,
+    where: str,
+) -> Trace:
+    """Opens the graph, runs it under onnxruntime's profiler, and reads what was optimized.
+
+    Args:
+        run: runs the session and says how many runs count, after WARM_UP that do not. None: the
+            graph is only opened.
+        where: named first in every error.
+
+    Raises:
+        ExportError: it cannot be opened or fed. RuntimeFailure: onnxruntime failed.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source, target = folder / "model.onnx", folder / "optimized.onnx"
@@ -77,11 +116,11 @@ def optimize(model: ModelProto, inputs: Array | None, *, threads: int, where: st
         options.log_severity_level = SILENT  # it warns that the optimized file is not portable
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.optimized_model_filepath = str(target)
-        options.enable_profiling = inputs is not None
+        options.enable_profiling = run is not None
         options.profile_file_prefix = str(folder / "profile")
         try:
             session = ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
-            runs = 0 if inputs is None else _run(session, inputs, where)
+            runs = 0 if run is None else run(session)
         except CANNOT_LOAD as error:
             raise ExportError(
                 f"{where}: onnxruntime {ort.__version__} cannot open or feed it: "
@@ -92,11 +131,8 @@ def optimize(model: ModelProto, inputs: Array | None, *, threads: int, where: st
             raise RuntimeFailure(
                 f"{where}: onnxruntime {ort.__version__} failed: {one_line(error)}"
             ) from error
-        optimized = onnx.load(target)
-        durations: dict[str, int] = {}
-        if inputs is not None:
-            durations = node_microseconds(json.loads(Path(session.end_profiling()).read_text()))
-    return Optimized(optimized, _kernels(optimized, durations), runs)
+        events = [] if run is None else json.loads(Path(session.end_profiling()).read_text())
+        return Trace(onnx.load(target), events, runs)
 
 
 def _run(session: ort.InferenceSession, inputs: Array, where: str) -> int:
@@ -124,10 +160,11 @@ def node_microseconds(events: list[dict[str, Any]]) -> dict[str, int]:
     return dict(durations)
 
 
-def _kernels(optimized: ModelProto, durations: dict[str, int]) -> list[Kernel]:
-    """Nodes of one name share their time evenly."""
+def kernels_of(optimized: ModelProto, durations: dict[str, int]) -> list[Kernel]:
+    """Every node with its kind and its share of `durations`, microseconds by name (none: no
+    shares). Nodes of one name share their time evenly."""
     types = _types(optimized)
-    names = Counter(_timed_as(node) for node in optimized.graph.node)
+    names = Counter(timed_as(node) for node in optimized.graph.node)
     known = {node.name for node in optimized.graph.node if node.name}
     merged: Counter[str] = Counter()
     for name, microseconds in durations.items():
@@ -138,13 +175,14 @@ def _kernels(optimized: ModelProto, durations: dict[str, int]) -> list[Kernel]:
         Kernel(
             node,
             _kind(node, types),
-            merged[_timed_as(node)] / names[_timed_as(node)] / total if total else None,
+            merged[timed_as(node)] / names[timed_as(node)] / total if total else None,
         )
         for node in optimized.graph.node
     ]
 
 
-def _timed_as(node: NodeProto) -> str:
+def timed_as(node: NodeProto) -> str:
+    """What the profiler calls a node, less the number that it gives to one without a name."""
     return node.name or node.op_type
 
 
@@ -157,13 +195,22 @@ def _types(optimized: ModelProto) -> dict[str, int]:
     for node in graph.node:
         if node.op_type == "QuantizeLinear" or node.op_type.startswith("QLinear"):
             kind: int = TensorProto.UINT8
-        elif node.op_type == "DequantizeLinear":
+        elif node.op_type in WRITES_FLOAT or _is_float_gemm(node):
             kind = TensorProto.FLOAT
+        elif node.op_type in ("MatMulInteger", "ConvInteger"):
+            kind = TensorProto.INT32
+        elif node.op_type == "Cast":
+            kind = attribute(node, "to", 0)
         else:
             kind = next((types[name] for name in node.input[:1] if name in types), 0)
         for name in node.output:
             types.setdefault(name, kind)
     return types
+
+
+def _is_float_gemm(node: NodeProto) -> bool:
+    """QGemm without the scale of its output, its eighth input (ContribOperators.md)."""
+    return node.op_type == "QGemm" and not any(node.input[7:8])
 
 
 def _kind(node: NodeProto, types: dict[str, int]) -> Literal["int8", "conversion", "float"]:

@@ -55,6 +55,8 @@ class _Source:
     help="Threads that wait by computing.",
 )  # fmt: skip
 @click.option("--affinity", metavar="CPUS", help="0,1 or 2-3: these CPUs; clusters: each kind.")
+@click.option("--why", is_flag=True, help="Also what takes the time here, and what to change.")
+@click.option("--fresh", is_flag=True, help="With --why: measure this machine's peaks again.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
 @click.option("-o", "--out", type=FILE, metavar="DIR", help="Write profile.json and profile.md.")
 @preparation_options
@@ -74,7 +76,11 @@ def profile(model: Path, **options: Any) -> int:
     source = _Source(options["data"], options["inputs"], options["tokenizer"], images)
     signature = signature_of(model)
     wish = _wish(model, signature, _fed(model, signature, source), options)
-    record = _measured(wish, options["names"] or ("local",), quiet=options["as_json"])
+    names = tuple(dict.fromkeys(options["names"])) or ("local",)
+    _check_why(names, options)
+    record = _measured(wish, names, quiet=options["as_json"])
+    if options["why"]:
+        record = _explained(record, wish, fresh=options["fresh"])
     out: Path | None = options["out"]
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -162,7 +168,7 @@ def _measured(wish: Wish, names: tuple[str, ...], *, quiet: bool) -> ProfileReco
     from .profile.record import InputsRecord, ProfileRecord
     from .workspace import file_sha256
 
-    targets = [(name, device_named(name, Path.cwd())) for name in dict.fromkeys(names)]
+    targets = [(name, device_named(name, Path.cwd())) for name in names]
     with Console(quiet=quiet) as console:
         console.started("profile")
         found = profile_everywhere(targets, wish, events=console)
@@ -179,6 +185,40 @@ def _measured(wish: Wish, names: tuple[str, ...], *, quiet: bool) -> ProfileReco
         mode=wish.mode,
         devices=found,
     )
+
+
+def _check_why(names: tuple[str, ...], options: dict[str, Any]) -> None:
+    if options["fresh"] and not options["why"]:
+        raise UsageError("--fresh: measures again what only --why uses; add --why")
+    if options["why"] and "local" not in names:
+        raise UsageError("--why: is told of this machine alone; add --device local")
+    if options["why"] and options["affinity"] is not None:
+        raise UsageError("--why: is told without --affinity; leave one of them out")
+
+
+def _explained(record: ProfileRecord, wish: Wish, *, fresh: bool) -> ProfileRecord:
+    """With why it is not faster here; as it is where this machine failed, which it says."""
+    from .profile.advice import explain
+    from .profile.local import measuring_here
+    from .profile.measure import MODEL
+
+    own = [row for one in record.devices if one.name == "local" for row in one.rows]
+    # where both are there, that with threads that spin, as the runtime ships it, counts
+    rows = sorted(
+        (row for row in own if row.latency.name == MODEL), key=lambda row: row.spinning is not False
+    )
+    if not rows:
+        return record
+    by_threads = {row.latency.threads: row.latency.p50_ms for row in rows}
+    with measuring_here():
+        why = explain(
+            wish.model,
+            wish.fed.arrays,
+            threads=max(by_threads),
+            by_threads=by_threads,
+            fresh=fresh,
+        )
+    return record.model_copy(update={"why": why})
 
 
 def _fed(model: Path, signature: Signature, source: _Source) -> Fed:

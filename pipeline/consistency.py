@@ -60,6 +60,20 @@ def _model(release: Release) -> Iterator[str]:
     if name != should_be:
         said = verdict.outcome.upper() if verdict else "no verdict"
         yield f"report.json says {said}, which leaves {should_be}, but there is {name}"
+    yield from _mobile(release, passed=should_be == "model.onnx")
+
+
+def _mobile(release: Release, *, passed: bool) -> Iterator[str]:
+    """model.ort is that of the report, and is there exactly where the model passed."""
+    found = release.manifest.files.get("model.ort")
+    made = [row.measurements for row in release.report.stages if row.name == "ort"]
+    expected = made[-1]["sha256"] if made and passed else None
+    if found != expected:
+        yield (f"model.ort {_hash(found)}, and by report.json it {_hash(expected)}")
+
+
+def _hash(digest: str | None) -> str:
+    return "is not there" if digest is None else f"has sha256 {digest[:12]}…"
 
 
 def _recipe(release: Release) -> Iterator[str]:

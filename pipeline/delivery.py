@@ -38,6 +38,7 @@ def deliver(
     chosen = candidates.choose(work, data, tried, reference=teacher)
     models = record.models(chosen, teacher=teacher, teacher_onnx=teacher_onnx, baseline=baseline)
     evidence = steps.verify(work, data, models)
+    formats = steps.other_formats(work, data, models)
     latency = steps.measure_latency(work, data, models) if work.recipe.profile else None
 
     report = record.write_report(
@@ -50,5 +51,6 @@ def deliver(
         today=datetime.date.today(),
     )
     report = report.model_copy(update={"verdict": judge(grounds, work.recipe.gate)})
-    record.publish(folder, models, evidence, report, beside=steps.files_beside(work, data, models))
+    beside = steps.files_beside(work, data, models)
+    record.publish(folder, models, evidence, report, beside=beside, formats=formats)
     return report

@@ -295,6 +295,22 @@ class ExportSpec(Spec):
         "1.17"  # oldest onnxruntime that must load the file
     )
     simplify: bool = True
+    # ort: also in onnxruntime's own format, for mobile builds; the verdict is about the .onnx
+    format: tuple[Literal["onnx", "ort"], ...] = ("onnx",)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What decides the bytes of the .onnx: all but the further formats it is written in."""
+        return self.model_dump(mode="json", exclude={"format"})
+
+    @model_validator(mode="after")
+    def _formats_begin_with_onnx(self) -> Self:
+        if "onnx" not in self.format or len(set(self.format)) < len(self.format):
+            raise ValueError(
+                f"format: expected [onnx] or [onnx, ort], got [{', '.join(self.format)}]: the "
+                ".onnx is what is proven, and model.ort is made of it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _runtime_is_reachable(self) -> Self:

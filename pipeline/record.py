@@ -178,17 +178,20 @@ def publish(
     report: Report,
     *,
     beside: Mapping[str, Path | str],
+    formats: Mapping[str, Path],
 ) -> Path:
     """Put everything where the user looks for it, the model last.
 
     Args:
         beside: further files that the model is used with.
+        formats: the model in further formats; published only if it passed.
     """
     assert report.verdict is not None
     return release.publish(
         folder,
         model=models.deployed.path / "model.onnx",
         passed=report.verdict.outcome == "pass",
+        formats=formats,
         files={
             "model.fp32.onnx": models.floating.path / "model.onnx",
             **_network_files(models.student),

@@ -2,8 +2,8 @@
 
 `model.onnx` appears last, by one rename, after report and manifest, and only on a PASS; anything
 else leaves `rejected.onnx`. So a script that copies `model.onnx` can ship neither a model that
-failed nor yesterday's. What the manifest detects is in `manifest.py`; that the files agree with one
-another, in `consistency.py`.
+failed nor yesterday's; nor can one that copies `model.ort`. What the manifest detects is in
+`manifest.py`; that the files agree with one another, in `consistency.py`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from .gates.samples import Samples
 
 MODEL, REJECTED = "model.onnx", "rejected.onnx"
+MOBILE = ("model.ort", "model.required_operators.config")  # with `export.format: [onnx, ort]`
 REPORT, MANIFEST = "report.json", "manifest.json"
 SAMPLES, TRAINING, RECIPE = "samples.parquet", "training.jsonl", "recipe.yaml"
 # In the order in which they are withdrawn: the model first.
 FILES = (
     MODEL,
+    *MOBILE,
     REJECTED,
     MANIFEST,
     REPORT,
@@ -56,8 +58,19 @@ def withdraw(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def publish(folder: Path, *, model: Path, passed: bool, files: Mapping[str, Path | str]) -> Path:
+def publish(
+    folder: Path,
+    *,
+    model: Path,
+    passed: bool,
+    files: Mapping[str, Path | str],
+    formats: Mapping[str, Path],
+) -> Path:
     """Write `files` (a path is copied, a text is written), the manifest, then the model.
+
+    Args:
+        formats: the model in further formats. They could ship too, so they appear only if it
+            passed, and after the manifest.
 
     Returns:
         Where the model stands: `model.onnx` if it passed, else `rejected.onnx`.
@@ -71,7 +84,11 @@ def publish(folder: Path, *, model: Path, passed: bool, files: Mapping[str, Path
         hashes[name] = file_sha256(folder / name)
     target = folder / (MODEL if passed else REJECTED)
     hashes[target.name] = file_sha256(model)
+    shipped = formats if passed else {}
+    hashes |= {name: file_sha256(path) for name, path in shipped.items()}
     write_atomically(folder / MANIFEST, manifest_bytes(hashes))
+    for name, path in shipped.items():
+        copy_atomically(path, folder / name)
     copy_atomically(model, target)
     return target
 

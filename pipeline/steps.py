@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..exporters.sessions import open_session, run_batches
+from . import release
 from .data.inputs import repeated_to, to_input
 from .data.stage import prepare_data as prepare
 from .data.stage import source_fingerprint
@@ -24,6 +25,7 @@ from .measure.latency import measure_latency as measure
 from .measure.latency import speedup
 from .measure.paired import provable_drop
 from .measure.turns import Row
+from .mobile import write_mobile
 from .onnx_file import take_float as take
 from .quantize.dynamic import quantize_dynamic as dynamic
 from .quantize.fallback import return_to_float
@@ -85,7 +87,7 @@ def take_float(work: Work, data: Artifact) -> Artifact:
             memory_budget_bytes=memory_budget(work),
         ),
         reads={
-            "spec": spec.model_dump(mode="json"),
+            "spec": spec.content,
             "metadata": metadata,
             "file": work.origins["student"],
             "data": data.sha256,
@@ -208,7 +210,7 @@ def _int8(
         ),
         reads={
             "spec": spec.model_dump(mode="json"),
-            "export": export.model_dump(mode="json"),
+            "export": export.content,
             "inputs": [data.sha256, *(one.sha256 for one in inputs)],
             **more,
         },
@@ -316,6 +318,20 @@ def files_beside(work: Work, data: Artifact, models: Models) -> dict[str, Path |
     return text_files(data.path, model, class_names=names, threads=threads)
 
 
+def other_formats(work: Work, data: Artifact, models: Models) -> dict[str, Path]:
+    """The file that goes on, in the further formats that the recipe asks for, by file name."""
+    if "ort" not in work.recipe.export.format:
+        return {}
+    model = model_of(models.deployed)
+    made = run_stage(
+        work,
+        "ort",
+        lambda context: write_mobile(model, data.path, context=context),
+        reads={"inputs": [data.sha256, models.deployed.sha256]},
+    )
+    return {name: made.path / name for name in release.MOBILE}
+
+
 def model_of(artifact: Artifact) -> Path:
     return artifact.path / "model.onnx"
 
@@ -354,7 +370,7 @@ def _export(work: Work, name: str, network: Artifact, data: Artifact) -> Artifac
             network.path, data.path, spec, context=context, metadata=metadata
         ),
         reads={
-            "spec": spec.model_dump(mode="json"),
+            "spec": spec.content,
             "metadata": metadata,
             "inputs": [data.sha256, network.sha256],
         },
@@ -374,9 +390,8 @@ def recipe_sha256(work: Work) -> str:
             "distill",
             "prune",
             "quantize",
-            "export",
         },
-    )
+    ) | {"export": work.recipe.export.content}
     document = {
         **without_paths(sections),
         "data_sha256": work.data_fingerprint,

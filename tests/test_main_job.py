@@ -168,6 +168,25 @@ def test_an_impossible_gate_rejects_and_withdraws_the_former_model(
     assert "FAIL" in done.stdout
 
 
+def test_the_ort_file_ships_with_the_model_retrains_nothing_and_is_withdrawn_with_it(
+    copy_of_run: Path, small_recipe: Path, compress: Any
+) -> None:
+    mobile = {"model.ort", "model.required_operators.config"}
+    model = sha256(copy_of_run / "model.onnx")
+    wish = ["run", small_recipe, "-o", copy_of_run, "--set", "export.format=[onnx,ort]"]
+
+    passed = compress(*wish, "--set", "profile=null")
+    shipped, judged = published(copy_of_run), compress("gate", copy_of_run).returncode
+    unchanged = sha256(copy_of_run / "model.onnx") == model
+    rejected = compress(*wish, "--set", "profile=null", "--set", "gate.max_bytes=1")
+
+    assert (passed.returncode, judged, rejected.returncode) == (0, 0, 1), rejected.stderr
+    assert passed.stdout.count("recalled") == len(STAGES) - 2  # no teacher's file without profile
+    assert unchanged
+    assert mobile <= shipped
+    assert not mobile & published(copy_of_run)
+
+
 def test_a_run_that_dies_leaves_no_former_model(
     copy_of_run: Path, small_recipe: Path, compress: Any
 ) -> None:
@@ -334,7 +353,10 @@ def test_the_report_reads_as_markdown_with_every_section(small_run: Path, compre
     done = compress("report", small_run)
 
     assert done.returncode == 0
-    assert done.stdout == (small_run / "report.md").read_text()
+    text, _, last = done.stdout.rstrip().rpartition("\n")
+    assert text.rstrip() == (small_run / "report.md").read_text().rstrip()
+    digest = hashlib.sha256((small_run / "manifest.json").read_bytes()).hexdigest()
+    assert digest in last
     for title in ("# edgestill report: PASS", "## Models", "## Latency", "## Parity", "## Classes",
                   "## Provenance"):  # fmt: skip
         assert title in done.stdout

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ..report import LatencyRecord
 from ..spec import Spec
+from .advice import Explanation
 
 Validity = Literal["valid", "noisy", "throttled", "invalid"]
 
@@ -128,6 +129,7 @@ class ProfileRecord(Spec):
     inputs: InputsRecord
     mode: Literal["quick", "default", "strict"]
     devices: tuple[DeviceProfile, ...]
+    why: Explanation | None = None  # of this machine
 
     @property
     def exit_code(self) -> int:

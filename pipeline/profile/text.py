@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from . import advice
 from .record import DeviceProfile, PerfTestRecord, ProfileRecord, ProfileRow
 
 HEAD = ("device", "model", "threads", "p50", "95 % interval", "p90", "n", "load cold/warm",
@@ -14,6 +15,8 @@ def as_text(record: ProfileRecord) -> str:
     lines = [_title(record), "", *_aligned([HEAD, *_rows(record)])]
     for device in record.devices:
         lines += ["", *_about(device)]
+    if record.why is not None:
+        lines += ["", advice.as_text(record.why)]
     return "\n".join(lines)
 
 
@@ -23,6 +26,9 @@ def as_markdown(record: ProfileRecord) -> str:
     lines = [f"# {_title(record)}", "", *(f"| {' | '.join(row)} |" for row in table)]
     for device in record.devices:
         head, *rest = _about(device)
+        lines += ["", f"## {head}", "", *(f"- {line.strip()}" for line in rest)]
+    if record.why is not None:
+        head, *rest = advice.as_text(record.why).splitlines()
         lines += ["", f"## {head}", "", *(f"- {line.strip()}" for line in rest)]
     return "\n".join(lines) + "\n"
 

@@ -71,7 +71,6 @@ def test_network_without_some_of_its_layers_is_not_trained(recipe: Any) -> None:
         ("distill.views=4", "distill.views"),
         ("distill.objectives=[{name: hint}, {name: hard}]", "hint"),
         ("distill.target=exits", "exits"),
-        ("prune={macs: 0.5}", "keep_layers"),
         ("quantize.mode=qat", "quantize.mode"),
         ("student.model=net.onnx", "hf: folder"),
         ("data.tokenize.pad=max_length", "export.sequence"),

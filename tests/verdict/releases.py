@@ -55,6 +55,7 @@ def make_release(
         folder,
         model=sources / "model",
         passed=outcome == "pass",
+        formats={},
         files={
             "model.fp32.onnx": sources / "float",
             "recipe.yaml": report.recipe_yaml,

@@ -393,5 +393,16 @@ def test_a_rejected_run_cannot_be_renamed_into_a_passed_one(
     assert gate(folder) == 6
 
 
+def test_an_ort_file_that_the_report_does_not_know_is_refused(
+    folder: Path, releases: ModuleType, gate: GATE
+) -> None:
+    (folder / "model.ort").write_bytes(b"of somebody else")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["sha256"]["model.ort"] = releases.sha256(folder / "model.ort")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    assert gate(folder) == 6
+
+
 def test_there_are_more_than_a_hundred_ways_among_these() -> None:
     assert len(FILES) * len(DAMAGE) + len(MANIFESTS) + len(SEEN) + len(UNSEEN) > 100
