@@ -24,7 +24,6 @@ FUSABLE = frozenset(
 )  # fmt: skip
 # Fuse without a QuantizeLinear after them: QGemm and MatMulIntegerToFloat write floats.
 FREE_OUTPUT = frozenset({"Gemm", "MatMul"})
-TWO_OPERANDS = WEIGHTED_OPS | {"Add", "Mul"}  # whose second input is an operand and no shape
 ABSORBED = frozenset({"Relu", "Clip"})
 EIGHT_BITS = frozenset({TensorProto.UINT8, TensorProto.INT8})
 

@@ -81,18 +81,18 @@ def _side_by_side(
     measure: Callable[[str, Device], DeviceProfile],
     stop: Callable[[], None],
 ) -> list[DeviceProfile]:
-    """A thread a job: they wait for other machines, not for this one."""
+    """A thread a job: they wait for other machines, not for this one. However it ends, none of them
+    goes on."""
     with ThreadPoolExecutor(len(jobs)) as pool:
         futures = [
             pool.submit(lambda job: [measure(name, one) for name, one in job], job) for job in jobs
         ]
         try:
             return [profile for future in futures for profile in future.result()]
-        except BaseException:
+        finally:  # nothing to do where all of them are done
             for future in futures:
                 future.cancel()
             stop()
-            raise
 
 
 def _profile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ Array = npt.NDArray[Any]
 
 NOISE_SAMPLES = 16  # enough that caches and branch prediction do not learn one by heart
 LEAST = 8  # as measure/latency.py
-TOKENS = 128  # of a text of noise, where the graph leaves its length free
+TOKENS = 128  # of a text of noise, where neither graph nor metadata say how long one may be
 TOKEN_IDS = 100  # below them every vocabulary has tokens
 MASKS = ("mask",)
 
@@ -56,6 +57,7 @@ class Signature:
     ir_version: int
     opset: int
     files: tuple[str, ...]  # weights that lie beside it
+    max_length: int | None = None  # tokens that its texts have at most, where its metadata say so
 
 
 def signature_of(path: Path) -> Signature:
@@ -86,7 +88,18 @@ def signature_of(path: Path) -> Signature:
         model.ir_version,
         opset,
         tuple(sorted(set(external_locations(bare)))),
+        _max_length(model),
     )
+
+
+def _max_length(model: onnx.ModelProto) -> int | None:
+    """What a file of our own says of its texts."""
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    try:
+        found = json.loads(said.get("edgestill.preprocess", "{}")).get("max_length")
+    except (ValueError, AttributeError):
+        return None  # somebody else's, in a form of their own
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def from_file(path: Path, signature: Signature) -> Fed:
@@ -128,8 +141,9 @@ def noise(signature: Signature, *, path: Path) -> Fed:
     rng = np.random.default_rng(0)
     arrays: dict[str, Array] = {}
     texts = all(entry.dtype.kind in "iu" and len(entry.shape) == 2 for entry in signature.entries)
+    tokens = min(TOKENS, signature.max_length or TOKENS)
     for entry in signature.entries:
-        shape = [TOKENS if size is None and texts else size for size in entry.shape[1:]]
+        shape = [tokens if size is None and texts else size for size in entry.shape[1:]]
         if None in shape:
             free = entry.shape.index(None, 1)
             raise UsageError(

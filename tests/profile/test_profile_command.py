@@ -353,7 +353,13 @@ def test_a_sweep_goes_over_threads_spinning_and_kinds_of_cores() -> None:
     assert all(one.affinity is None or one.threads <= len(one.affinity) for one in found)
 
 
-def test_noise_has_the_model_s_shape_and_tokens_are_ones_that_exist(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("said", "tokens"),
+    [(None, 128), ('{"max_length": 56}', 56), ('{"max_length": 512}', 128), ("[1]", 128)],
+)
+def test_noise_has_the_model_s_shape_and_tokens_are_ones_that_exist(
+    said: str | None, tokens: int, tmp_path: Path
+) -> None:
     ints = TensorProto.INT64
     names = ("input_ids", "attention_mask")
     graph = helper.make_graph(
@@ -362,12 +368,15 @@ def test_noise_has_the_model_s_shape_and_tokens_are_ones_that_exist(tmp_path: Pa
         [helper.make_tensor_value_info(name, ints, ["N", "S"]) for name in names],
         [helper.make_tensor_value_info("sum", ints, ["N", "S"])],
     )
-    onnx.save(helper.make_model(graph), tmp_path / "text.onnx")
+    model = helper.make_model(graph)
+    if said is not None:
+        helper.set_model_props(model, {"edgestill.preprocess": said})
+    onnx.save(model, tmp_path / "text.onnx")
 
     fed = noise(signature_of(tmp_path / "text.onnx"), path=tmp_path / "text.onnx")
 
     assert isinstance(fed, Fed)
     assert fed.source == "noise"
-    assert fed.arrays["input_ids"].shape == (16, 128)
+    assert fed.arrays["input_ids"].shape == (16, tokens)
     assert fed.arrays["input_ids"].max() < 100
     assert (fed.arrays["attention_mask"] == 1).all()
