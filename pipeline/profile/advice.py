@@ -1,28 +1,23 @@
 """Why a model is not faster: where its time goes, how near it is to what this machine can do, and
 the three changes that would gain most.
 
-Only of this machine: kernels, peaks and times are its own. What is timed here is not reported as a
-latency; p50 comes from `compress profile`'s own measurement, where there is one.
+Only of this machine: kernels, peaks and times are its own. p50 comes from `compress profile`'s own
+measurement; nothing is timed here but onnxruntime's profile and the roofline.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy.typing as npt
 
-from ...exporters.sessions import CANNOT_LOAD, DIED, one_line, open_session
-from ..errors import ExportError
 from ..spec import Spec
-from .operators import Operators, batches, operators_of
+from .operators import Operators, operators_of
 from .roofline import Roofline, roofline_of_this_machine
 from .rules import Advice, Facts, advise
 
-WARM_UP, LEAST_RUNS, SECONDS = 3, 20, 1.0
 SHOWN = 8  # nodes in the table
 
 Array = npt.NDArray[Any]
@@ -46,7 +41,7 @@ def explain(
     inputs: Mapping[str, Array],
     *,
     threads: int,
-    by_threads: Mapping[int, float] | None = None,
+    by_threads: Mapping[int, float],
     roofline: Roofline | None = None,
     fresh: bool = False,
 ) -> Explanation:
@@ -56,8 +51,7 @@ def explain(
         model: a portable ONNX file.
         inputs: arrays by input name, (N ≥ 1, …), real ones where there are any.
         threads: intra-op, ≥ 1.
-        by_threads: thread count → p50 in ms, as measured before; without `threads` in it, p50 is
-            timed here.
+        by_threads: thread count → p50 in ms, as measured before; `threads` among them.
         roofline: of this machine with so many threads; None: the stored one, or measured now.
         fresh: measure the roofline again.
 
@@ -65,18 +59,16 @@ def explain(
         ExportError: the model cannot be read, opened or fed. RuntimeFailure: onnxruntime failed.
         MeasurementError: nothing ran.
     """
-    measured = dict(by_threads or {})
-    if threads not in measured:
-        measured[threads] = _p50_ms(model, inputs, threads=threads)
+    p50_ms = by_threads[threads]
     operators = operators_of(model, inputs, threads=threads)
     peaks = roofline or roofline_of_this_machine(threads=threads, fresh=fresh)
-    facts = Facts(operators, peaks, threads=threads, by_threads=measured)
+    facts = Facts(operators, peaks, threads=threads, by_threads=by_threads)
     bound_ms = sum(facts.bound_us(node) for node in operators.nodes) / 1e3
     return Explanation(
         threads=threads,
-        p50_ms=measured[threads],
+        p50_ms=p50_ms,
         bound_ms=bound_ms,
-        share_of_bound=bound_ms / measured[threads],
+        share_of_bound=bound_ms / p50_ms,
         operators=operators,
         roofline=peaks,
         advice=advise(facts),
@@ -122,24 +114,3 @@ def _table(one: Explanation) -> list[str]:
             f"{node.multiply_adds:,} multiply-adds, {reached:.0%} of its bound{reason}"
         )
     return lines
-
-
-def _p50_ms(model: Path, inputs: Mapping[str, Array], *, threads: int) -> float:
-    """Untraced, in this process; milliseconds."""
-    session = open_session(model, threads=threads)
-    fed = batches(session, inputs)
-    took: list[int] = []
-    try:
-        for run in range(WARM_UP):
-            session.run(None, fed[run % len(fed)])
-        deadline = time.perf_counter() + SECONDS
-        while len(took) < LEAST_RUNS or time.perf_counter() < deadline:
-            start = time.perf_counter_ns()
-            session.run(None, fed[len(took) % len(fed)])
-            took.append(time.perf_counter_ns() - start)
-    except (*CANNOT_LOAD, *DIED, ValueError) as error:
-        raise ExportError(
-            f"{model}: the inputs do not fit it: {one_line(error)}; give --inputs or --data of the "
-            "model's own samples"
-        ) from error
-    return median(took) / 1e6

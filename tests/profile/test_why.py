@@ -102,7 +102,6 @@ def profiled(net: Net, folder: Path, *shape: int, integers: bool = False) -> Ope
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgestill.pipeline.profile.operators.SECONDS", 0.01)
-    monkeypatch.setattr("edgestill.pipeline.profile.advice.SECONDS", 0.01)
 
 
 def of_op(found: Operators, op: str) -> list[Operator]:
