@@ -1,4 +1,4 @@
-"""The end of every flow: choice → verify → latency → report → gate → published folder."""
+"""The end of every flow: choice → verify → other formats → latency → report → gate → published."""
 
 from __future__ import annotations
 
