@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,13 @@ VERIFY_OPTIONS = (
         metavar="POINTS",
         help="Accuracy that it may lose against REF.",
     ),
+    click.option(
+        "--device",
+        "devices",
+        multiple=True,
+        metavar="NAME",
+        help="Of devices.yaml: must answer as this machine does, on up to 1,000 samples.",
+    ),
     click.option("--write-golden", type=FILE, metavar="DIR", help="Keep inputs and answers there."),
     click.option("--json", "as_json", is_flag=True, help="Print the record as JSON."),
 )
@@ -69,6 +77,7 @@ class _Asked:
     label: str | None
     targets: str | None
     max_drop: float
+    devices: tuple[str, ...]
     write_golden: Path | None
     as_json: bool
 
@@ -93,6 +102,8 @@ def verify(model: Path, **options: Any) -> int:
     if asked.reference is not None and (asked.reference / GOLDEN).is_file():
         _refuse_beside_bundle(asked)
         return _say(_replayed(model, asked.reference), asked)
+    if asked.reference is None and asked.devices:
+        raise UsageError("--device: is asked whether MODEL holds there too; give --reference REF")
     if asked.reference is None and asked.as_json:
         raise UsageError("--json: prints what was held against a reference; give --reference REF")
     data, how = _set(asked), _preparation(model, asked, images)
@@ -116,7 +127,8 @@ def verify(model: Path, **options: Any) -> int:
 
 
 def _refuse_beside_bundle(asked: _Asked) -> None:
-    for option, value in (("--data", asked.data), ("--write-golden", asked.write_golden)):
+    options = {"--data": asked.data, "--write-golden": asked.write_golden}
+    for option, value in (options | {"--device": asked.devices or None}).items():
         if value is not None:
             raise UsageError(
                 f"{option}: {asked.reference} is a golden bundle, which has its own inputs and "
@@ -133,9 +145,12 @@ def _say(found: Verification, asked: _Asked) -> int:
 
 def _verified(model: Path, asked: _Asked, data: Set, how: Preparation | None) -> Verification:
     from .measure.machine import available_threads
+    from .profile.devices import device_named
+    from .profile.transport import opened
     from .verify.check import Wish, verify_file
 
     assert asked.reference is not None
+    named = {name: device_named(name, Path.cwd()) for name in asked.devices}
     wish = Wish(
         reference=asked.reference,
         data=data,
@@ -143,6 +158,7 @@ def _verified(model: Path, asked: _Asked, data: Set, how: Preparation | None) ->
         targets=_targets(asked.targets),
         max_drop_points=asked.max_drop,
         golden=asked.write_golden,
+        elsewhere=[partial(opened, name, one) for name, one in named.items()],
         threads=available_threads(),
     )
     return verify_file(model, wish)

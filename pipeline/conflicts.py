@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..models.hf_folder import find_folder
+from .report import LOCAL
 from .strategy import choose
 from .training_spec import TAUGHT, FeatureSpec, SoftSpec, TokenSpec
 
@@ -298,7 +299,9 @@ def _distill_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
 
 
 def _gate_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
-    gate, measured = recipe.gate, () if recipe.profile is None else recipe.profile.devices
+    gate = recipe.gate
+    others = [] if recipe.profile is None else [d for d in recipe.profile.devices if d != LOCAL]
+    measured = [] if recipe.profile is None else [LOCAL, *others]
     return [
         (
             gate.max_quantization_drop_points is not None and recipe.quantize is None,
@@ -334,8 +337,8 @@ def _gate_conflicts(recipe: Recipe) -> list[tuple[bool, str]]:
             "policy file: compress gate DIR --policy FILE --baseline OLD_DIR",
         ),
         (
-            gate.min_cpu_agreement is not None,
-            "gate.min_cpu_agreement: a run sees no other CPU; write the limit into a policy file",
+            gate.min_cpu_agreement is not None and not others,
+            "gate.min_cpu_agreement: this run sees no other CPU; name one in `profile.devices`",
         ),
     ]
 

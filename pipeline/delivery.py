@@ -1,4 +1,6 @@
-"""The end of every flow: choice → verify → other formats → latency → report → gate → published."""
+"""The end of every flow: choice → verify → other formats → latency → other machines → report → gate
+→ published.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import datetime
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import candidates, record, release, steps
+from . import candidates, elsewhere, record, release, steps
 from .gate import judge
 from .gates.evidence import Evidence
 from .gates.samples import read_samples
@@ -40,10 +42,12 @@ def deliver(
     evidence = steps.verify(work, data, models)
     formats = steps.other_formats(work, data, models)
     latency = steps.measure_latency(work, data, models) if work.recipe.profile else None
+    others = elsewhere.prove_elsewhere(work, data, models)
 
     report = record.write_report(
-        work.recipe, data, models, evidence, latency, done=work.done, notes=work.notes
-    )
+        work.recipe, data, models, evidence, latency, elsewhere=others, done=work.done,
+        notes=work.notes,
+    )  # fmt: skip
     grounds = Evidence(
         report=report,
         samples=read_samples(evidence.path / release.SAMPLES),

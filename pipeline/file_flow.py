@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import candidates, release, steps
+from . import candidates, elsewhere, release, steps
 from .delivery import deliver
 from .recipe import Recipe
 from .report import Report
@@ -22,6 +22,7 @@ def run(
     with locked(folder) as root:
         release.withdraw(folder)
         work = begin(recipe, root, events=events or Silent(), fresh=fresh)
+        elsewhere.check_devices(work)
         data = steps.prepare_data(work)
         steps.say_what_can_be_proven(work, data)
         floating = steps.take_float(work, data)

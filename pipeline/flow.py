@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import candidates, learning, release, steps
+from . import candidates, elsewhere, learning, release, steps
 from .delivery import deliver
 from .recipe import Recipe
 from .report import Report
@@ -43,6 +43,7 @@ def run(
         if world.leads:
             release.withdraw(folder)
         work = begin(recipe, root, events=events or Silent(), fresh=fresh, world=world)
+        elsewhere.check_devices(work)
 
         data = steps.prepare_data(work)
         learning.check_before_training(work, data)

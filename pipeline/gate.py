@@ -23,7 +23,7 @@ from .gates import baseline, calibration, classes, drop, files, latency, metrics
 from .gates.evidence import Evidence
 from .gates.waivers import apply_waivers, refuse_expired
 from .policy import GateSpec
-from .report import Check, Outcome, Report, Verdict
+from .report import LOCAL, Check, Outcome, Report, Verdict
 from .workspace import file_sha256
 
 EXIT_CODES: dict[Outcome, int] = {"pass": 0, "fail": 1, "inconclusive": 3, "invalid": 4}
@@ -158,7 +158,7 @@ def _without_latency(report: Report, policy: GateSpec) -> Iterator[str]:
         return
     measured = sorted({row.device for row in report.latency})
     for device, limit, _ in latency.limits(policy):
-        if (device or latency.LOCAL) in measured:
+        if (device or LOCAL) in measured:
             continue
         if device is not None:
             yield (
@@ -174,7 +174,10 @@ def _without_latency(report: Report, policy: GateSpec) -> Iterator[str]:
 
 def _without_record(evidence: Evidence, policy: GateSpec) -> Iterator[str]:
     if policy.min_cpu_agreement is not None and not evidence.report.agreements:
-        yield ("min_cpu_agreement: no other CPU has run the deployed file; remove the limit")
+        yield (
+            "min_cpu_agreement: no other CPU has run the deployed file; remove the limit, or run "
+            "again with a device of devices.yaml in `profile.devices`"
+        )
     if policy.baseline is not None and evidence.baseline is None:
         yield (
             "baseline: there is no earlier release to compare with; give its folder, "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .report import Report, Role
+from .report import LOCAL, LatencyRecord, Report, Role
 
 
 def summary_rows(report: Report) -> list[dict[str, str]]:
@@ -147,10 +147,18 @@ def _latency_markdown(report: Report) -> str:
         rows = [
             [*cells, str(row.sequence)] for cells, row in zip(rows, report.latency, strict=True)
         ]
+    if any(row.device != LOCAL for row in report.latency):
+        header = (*header, "on")
+        rows = [[*cells, _place(row)] for cells, row in zip(rows, report.latency, strict=True)]
     cpu = report.environment.get("cpu_model") or "unknown CPU"
     batch = report.recipe["export"]["batch"]
     title = f"## Latency on {cpu}, batch {1 if batch == 'dynamic' else batch}"
     return "\n".join([title, "", *_markdown_rows(header, rows)])
+
+
+def _place(row: LatencyRecord) -> str:
+    said = "" if row.measured_on == "target" else f" ({row.measured_on}: no latency)"
+    return f"{row.device}{said}"
 
 
 def _parity_markdown(report: Report) -> str:

@@ -15,6 +15,8 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from ..models.hf_folder import PREFIX as HF
 from ..models.hf_folder import find_folder
 from .policy import GateSpec
+from .profile.devices import DeviceName
+from .report import LOCAL
 from .spec import Fraction, Positive, Size, Spec
 from .text_defaults import with_text_defaults
 from .training_spec import DistillSpec, TrainSpec
@@ -326,7 +328,10 @@ class ExportSpec(Spec):
 class ProfileSpec(Spec):
     """Latency at batch 1, one thread and all threads, every model in turns."""
 
-    devices: tuple[Literal["local"], ...] = Field(("local",), min_length=1)
+    # this machine, which is always measured, and others of devices.yaml: there the deployed file
+    # must give the same answers to test samples, and is timed against the reference's float file
+    devices: tuple[DeviceName, ...] = Field((LOCAL,), min_length=1)
+    devices_file: Path | None = None  # None: devices.yaml beside the recipe, else as `profile`
     launches: Annotated[int, Field(ge=3)] = 5  # fresh processes a model; the spread is over these
     runs: Annotated[int, Field(ge=20)] = 200  # timed inferences a model, launch and thread count
     # of texts: tokens; the first counts for the speed-up, the others are timed on one thread

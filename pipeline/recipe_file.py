@@ -24,6 +24,7 @@ from ..models.hf_folder import PREFIX as HF
 from ..models.hf_folder import find_folder
 from .errors import RecipeError
 from .policy import GateSpec
+from .profile.devices import FILE as DEVICES
 from .recipe import Recipe
 from .training_spec import objective_names
 
@@ -37,6 +38,7 @@ PATHS = {
     *((network, key) for network in ("teacher", "student") for key in ("model", "weights")),
     ("data", "tokenize", "tokenizer"),
     ("data", "tokenize", "keep"),
+    ("profile", "devices_file"),
     ("gate", "metrics", "metric"),
     ("gate", "slices", "file"),
 }
@@ -52,7 +54,7 @@ def load_recipe(name: str, *, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in file `name`, or the shipped recipe of that name, with `KEY=VALUE` overrides.
 
     Relative paths in a file resolve against its own folder, those in an override against the
-    working directory.
+    working directory. A devices.yaml beside the file is the one that counts.
 
     Raises:
         RecipeError: no such recipe, not YAML, or anything in it is wrong (all problems at once).
@@ -60,7 +62,7 @@ def load_recipe(name: str, *, overrides: Sequence[str] = ()) -> Recipe:
     path, base = _find(name)
     document = _read(path, path.name)
     _resolve_paths(document.data, (), base)
-    return complete(document, overrides=overrides)
+    return _with_devices(complete(document, overrides=overrides), base)
 
 
 def complete(document: Document, *, overrides: Sequence[str] = ()) -> Recipe:
@@ -210,6 +212,14 @@ def _resolve_paths(
                 _resolve_paths(one, here, base)
         if isinstance(value, str) and here in PATHS:
             section[key] = absolute(value, base, is_model=key in NAMED)
+
+
+def _with_devices(recipe: Recipe, folder: Path) -> Recipe:
+    profile, beside = recipe.profile, folder / DEVICES
+    if profile is None or profile.devices_file is not None or not beside.is_file():
+        return recipe
+    profile = profile.model_copy(update={"devices_file": beside})
+    return recipe.model_copy(update={"profile": profile})
 
 
 def _take_preprocess(document: Document) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from .markdown import to_markdown
 from .measure.machine import describe_machine
 from .recipe import Recipe
 from .report import (
+    AgreementRecord,
     CandidateRecord,
     FileRecord,
     LatencyRecord,
     Report,
     Role,
+    RungRecord,
     SelectionRecord,
     SpeedupRecord,
     StageRecord,
@@ -91,6 +93,15 @@ class Models:
         return "float" if self.student is None else "student"
 
     @property
+    def reference_onnx(self) -> tuple[str, Artifact]:
+        """What speed-up counts from, by the name of its latency."""
+        if self.teacher is not None and self.teacher_onnx is not None:
+            return "teacher-onnx", self.teacher_onnx
+        if self.dense_onnx is not None:
+            return "dense-onnx", self.dense_onnx
+        return "float", self.floating
+
+    @property
     def deployed_role(self) -> Role:
         return "int8" if self.is_quantized else "float"
 
@@ -124,6 +135,17 @@ class Latency:
     speedup: SpeedupRecord
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """What the other machines said: a rung, an agreement and facts each, and two latencies of those
+    that answer as this one does."""
+
+    rungs: list[RungRecord] = field(default_factory=list)
+    agreements: list[AgreementRecord] = field(default_factory=list)
+    latency: list[LatencyRecord] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)  # by device
+
+
 def write_report(
     recipe: Recipe,
     data: Artifact,
@@ -131,6 +153,7 @@ def write_report(
     evidence: Artifact,
     latency: Latency | None,
     *,
+    elsewhere: Elsewhere,
     done: Sequence[Artifact],
     notes: Sequence[str],
 ) -> Report:
@@ -149,7 +172,7 @@ def write_report(
         deployed=models.deployed_role,
         model_sha256=file_sha256(models.deployed.path / "model.onnx"),
         data_sha256=data.sha256,
-        environment=describe_machine(),
+        environment={**describe_machine(), "devices": elsewhere.environment},
         stages=tuple(_stage_record(artifact) for artifact in done),
         notes=tuple(dict.fromkeys([*notes, *(note for one in done for note in one.notes)])),
         candidates=[
@@ -158,10 +181,11 @@ def write_report(
         selection=SelectionRecord.model_validate(models.table.measurements["selection"]),
         models=[_with_sizes(row, models) for row in found["models"]],
         pairs=found["pairs"],
-        parity=found["parity"],
-        latency=() if latency is None else latency.rows,
+        parity=(*found["parity"], *elsewhere.rungs),
+        latency=(*(() if latency is None else latency.rows), *elsewhere.latency),
         speedup=None if latency is None else latency.speedup,
         file=_file_record(models.deployed.path / "model.onnx"),
+        agreements=tuple(elsewhere.agreements),
     )
 
 

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from .spec import Spec
 
+LOCAL = "local"  # the machine that the run itself measures on, as a device
 Outcome = Literal["pass", "fail", "inconclusive", "invalid"]
 # waived: not met, and the policy says who answers for it; skipped: the policy does not ask here
 CheckOutcome = Literal["pass", "fail", "inconclusive", "invalid", "waived", "skipped"]
@@ -122,7 +123,7 @@ class LatencyRecord(Spec):
     """Batch 1, one model and thread count; milliseconds, over all launches."""
 
     name: str
-    device: str = "local"
+    device: str = LOCAL
     # proxy: another machine stands for the device; emulated: another kind of CPU does
     measured_on: Literal["target", "proxy", "emulated"] = "target"
     # what makes the figures say less: a launch did not settle; heat or power slowed the device down

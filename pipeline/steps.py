@@ -110,7 +110,7 @@ def prune(
 
     spec = work.recipe.prune
     assert spec is not None
-    sequence = _sequences(work, data)[0]
+    sequence = sequences(work, data)[0]
     found = run_stage(
         work,
         f"prune-{step}",
@@ -265,7 +265,7 @@ def measure_latency(work: Work, data: Artifact, models: Models) -> Latency:
         onnx = {"teacher-onnx": models.teacher_onnx} | onnx
         torch_nets |= {"teacher": models.teacher}
     measured: list[dict[str, Any]] = []
-    for sequence in _sequences(work, data):
+    for sequence in sequences(work, data):
         inputs, is_first = latency_inputs(work, data, sequence=sequence), not measured
         rows = [
             Row(name, "onnx", path := model_of(artifact), answers(path, inputs))
@@ -283,7 +283,7 @@ def measure_latency(work: Work, data: Artifact, models: Models) -> Latency:
         )
         measured += [row | {"sequence": sequence} for row in found]
     records = tuple(LatencyRecord.model_validate(row) for row in measured)
-    reference = next(iter(onnx))  # teacher, else the network before it was cut, else its float file
+    reference, _ = models.reference_onnx
     deployed = models.deployed_role
     first = measured[0]["sequence"]
     at_one = {r["name"]: r for r in measured if (r["threads"], r["sequence"]) == (1, first)}
@@ -298,7 +298,7 @@ def measure_latency(work: Work, data: Artifact, models: Models) -> Latency:
     return Latency(records, SpeedupRecord(reference=reference, candidate=deployed, **ratio))
 
 
-def _sequences(work: Work, data: Artifact) -> tuple[int | None, ...]:
+def sequences(work: Work, data: Artifact) -> tuple[int | None, ...]:
     """Tokens at which texts are timed: at most what the network takes, and what a graph fixes."""
     if not work.recipe.is_text:
         return (None,)
@@ -347,7 +347,7 @@ def latency_inputs(work: Work, data: Artifact, *, sequence: int | None = None) -
     inputs = to_input(opened.train.contents[some], opened.preprocess)
     if not work.recipe.is_text:
         return inputs
-    length = sequence or _sequences(work, data)[0]
+    length = sequence or sequences(work, data)[0]
     assert length is not None, "texts have a length"
     return repeated_to(inputs, length)
 

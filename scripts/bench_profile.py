@@ -24,13 +24,14 @@ import numpy as np
 import onnx
 from edgestill.pipeline.cli import entry
 from edgestill.pipeline.measure.agent_process import running
+from edgestill.pipeline.measure.answers import answers_of
 from edgestill.pipeline.measure.latency_stats import ratio_of
 from edgestill.pipeline.measure.machine import describe_machine
 from edgestill.pipeline.measure.turns import block_order, stored
 from edgestill.pipeline.profile.devices import device_named
 from edgestill.pipeline.profile.inputs import noise, signature_of
-from edgestill.pipeline.profile.measure import answers_of
 from edgestill.pipeline.profile.transport import opened
+from edgestill.pipeline.stage import Silent
 from onnx import TensorProto, helper, numpy_helper
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,7 +131,7 @@ def start_to_answer(model: Path, name: str) -> float:
     fed = noise(signature_of(model), path=model)
     began = time.monotonic()
     with opened(name, device_named(name, Path.cwd())) as machine:
-        answers_of(model, fed, target=machine)
+        answers_of(model, fed.arrays, target=machine, events=Silent())
         return time.monotonic() - began
 
 

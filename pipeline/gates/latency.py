@@ -21,11 +21,10 @@ from typing import Literal
 
 from ..measure.latency_stats import ratio_interval, tail_of_launch
 from ..policy import DeviceSpec, GateSpec
-from ..report import Check, LatencyRecord, Report
+from ..report import LOCAL, Check, LatencyRecord, Report
 from .common import by_lower_bound, by_upper_bound, exact, invalid, percent
 from .evidence import Evidence
 
-LOCAL = "local"  # the machine that the run itself measures on
 LIMITS = ("min_speedup", "max_p90_ms", "max_peak_rss_bytes")
 UNITS = {"min_speedup": "×", "max_p90_ms": "ms", "max_peak_rss_bytes": "bytes"}
 NOISY_CV = 0.025  # above it trtexec warns of instability

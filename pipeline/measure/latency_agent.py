@@ -6,7 +6,7 @@ Runs as `python latency_agent.py`, on this machine or copied to a board, and obe
     {"do": "start", "kind": "onnx"}                      imports the runtime
     {"do": "condition"}                                  how the machine is now (condition.py)
     {"do": "open", "path", "inputs", "threads", "batch"} loads one network, runs it once
-    {"do": "outputs", "batches"}                         logits of the first, or all; their sha256
+    {"do": "outputs", "start", "batches"}                logits of these, or all; their sha256
     {"do": "warm", "least", "seconds"}                   runs until steady
     {"do": "run", "runs", "least", "seconds", "rate_hz"} the timed block: raw nanoseconds
     {"do": "close"}                                      drops the network; "open" may follow
@@ -133,11 +133,16 @@ class Agent:
             **_wait_until_quiet(),
         }
 
-    def outputs(self, batches: Optional[int] = None) -> dict[str, Any]:  # noqa: UP045
+    def outputs(
+        self,
+        start: int = 0,
+        batches: Optional[int] = None,  # noqa: UP045  # None: all that follow
+    ) -> dict[str, Any]:
         opened = self._network()
-        feeds = opened.feeds[:batches]
+        feeds = opened.feeds[start:][:batches]
         batches_of_logits = [np.asarray(opened.call(feed), dtype=np.float32) for feed in feeds]
-        logits = np.ascontiguousarray(np.concatenate(batches_of_logits)[: opened.samples])
+        left = opened.samples - start * opened.facts["batch"]
+        logits = np.ascontiguousarray(np.concatenate(batches_of_logits)[:left])
         raw = logits.astype("<f4").tobytes()
         return {
             "shape": list(logits.shape),
@@ -247,7 +252,8 @@ def _open_onnx(
     entry = entries[0]
     batch = entry.shape[0] if isinstance(entry.shape[0], int) else batch
     names = [one.name for one in entries]
-    feeds = [_feed(batch_of_inputs, names) for batch_of_inputs in _batches(inputs, batch)]
+    tokens = entry.shape[1] if len(entry.shape) == 2 else None
+    feeds = [_feed(one, names, tokens) for one in _batches(inputs, batch)]
     outputs = [session.get_outputs()[0].name]
 
     def call(feed: Any) -> Any:
@@ -314,14 +320,25 @@ def _batches(inputs: Any, batch: int) -> list[Any]:
     return [np.ascontiguousarray(inputs[row]) for row in rows]
 
 
-def _feed(batch: Any, names: list[str]) -> dict[str, np.ndarray]:
+def _feed(batch: Any, names: list[str], tokens: Any) -> dict[str, np.ndarray]:
     """By name where they have names; else one input takes it whole, and of several (ids and mask
-    of texts) each takes its row."""
+    of texts) each takes its row, as long as the graph fixes, else as the longest text."""
     if isinstance(batch, dict):
         return batch
     if len(names) == 1:
         return {names[0]: batch}
-    return {name: np.ascontiguousarray(batch[:, row]) for row, name in enumerate(names)}
+    longest = _longest(batch)
+    size = tokens if isinstance(tokens, int) else longest
+    if longest > size:
+        raise ValueError(f"the graph takes texts of {size} tokens, and one has {longest}")
+    padded = np.pad(batch, ((0, 0), (0, 0), (0, max(0, size - batch.shape[2]))))[..., :size]
+    return {name: np.ascontiguousarray(padded[:, row]) for row, name in enumerate(names)}
+
+
+def _longest(tokens: np.ndarray) -> int:
+    """Up to the last one that the mask, the second row, shows in any text."""
+    used = np.flatnonzero(tokens[:, 1].any(axis=0))
+    return int(used[-1]) + 1 if len(used) else 1
 
 
 def sibling(name: str) -> Any:

@@ -319,9 +319,11 @@ def _positive(child: Child, durations: list[int]) -> list[int]:
     return durations
 
 
-def logits_of(child: Child, *, batches: int | None = None) -> npt.NDArray[np.float32]:
-    """Its answers to the first `batches` batches of the inputs, None: to all."""
-    answer = child.ask("outputs", batches=batches)
+def logits_of(
+    child: Child, *, start: int = 0, batches: int | None = None
+) -> npt.NDArray[np.float32]:
+    """Its answers to `batches` batches of the inputs from `start` on, None: to all that follow."""
+    answer = child.ask("outputs", start=start, batches=batches)
     raw = np.frombuffer(base64.b64decode(answer["logits"]), dtype="<f4")
     return raw.reshape(answer["shape"]).astype(np.float32)
 

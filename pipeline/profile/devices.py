@@ -22,16 +22,16 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from ..errors import UsageError
+from ..report import LOCAL
 from ..spec import Spec
 
 FILE = "devices.yaml"
-LOCAL = "local"
 SYSROOT_VARIABLE = "EDGESTILL_ARM_SYSROOT"
 BY_ITSELF = {"a72-emulated": "pi4", "a76-emulated": "pi5"}
 CPUS = {"pi4": "pi4", "cortex-a72": "pi4", "pi5": "pi5", "cortex-a76": "pi5", "avx2": "avx2"}
 SECRETS = ("password", "passphrase", "key", "identity", "token", "secret")
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+DeviceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class LocalDevice(Spec):
@@ -74,17 +74,18 @@ Device = Annotated[LocalDevice | SshDevice | EmulatedDevice, Field(discriminator
 class DevicesFile(Spec):
     """devices.yaml."""
 
-    devices: dict[Name, Device]
+    devices: dict[DeviceName, Device]
 
 
 def known_devices(
-    folder: Path, environment: Mapping[str, str] | None = None
+    folder: Path, environment: Mapping[str, str] | None = None, *, file: Path | None = None
 ) -> dict[str, LocalDevice | SshDevice | EmulatedDevice]:
     """Every device by name, `local` first.
 
     Args:
         folder: where the user works.
         environment: None: this process's.
+        file: the one that counts; None: that of the folder, else the user's.
 
     Raises:
         UsageError: the file cannot be read, or is not what it should be.
@@ -97,17 +98,19 @@ def known_devices(
             found[name] = EmulatedDevice.model_validate(
                 {"kind": "emulated", "sysroot": Path(sysroot).resolve(), "cpu": cpu}
             )
-    path = devices_file(folder, environment)
+    path = file or devices_file(folder, environment)
     if path is not None:
         found |= read_devices(path)
     return found
 
 
-def device_named(name: str, folder: Path) -> LocalDevice | SshDevice | EmulatedDevice:
-    """Raises: UsageError: there is none."""
-    known = known_devices(folder)
+def device_named(
+    name: str, folder: Path, *, file: Path | None = None
+) -> LocalDevice | SshDevice | EmulatedDevice:
+    """As `known_devices`. Raises: UsageError: there is none."""
+    known = known_devices(folder, file=file)
     if name not in known:
-        path = devices_file(folder, os.environ)
+        path = file or devices_file(folder, os.environ)
         where = f"{path} has none of that name" if path else f"there is no {FILE} here"
         raise UsageError(
             f"device {name!r}: expected one of {', '.join(known)}; {where}: write it there, e.g. "

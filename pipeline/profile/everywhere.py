@@ -13,11 +13,12 @@ import numpy.typing as npt
 
 from ..errors import EdgestillError, RuntimeFailure, UsageError
 from ..measure.agent_process import Here
+from ..measure.answers import answers_of
 from ..stage import Events, Silent
 from . import perf_test
 from .devices import EmulatedDevice, LocalDevice, SshDevice
 from .local import measuring_here
-from .measure import AMOUNT, Wish, answers_of, profile_on
+from .measure import AMOUNT, Wish, profile_on
 from .record import DeviceProfile
 from .ssh import Board
 from .transport import Machine, opened
@@ -40,7 +41,7 @@ def profile_everywhere(
         _refuse_outside_weights(wish, elsewhere)
         if wish.fed.expected is None:
             with measuring_here():
-                reference = answers_of(wish.model, wish.fed, target=Here())
+                reference = answers_of(wish.model, wish.fed.arrays, target=Here(), events=Silent())
     alone = len(devices) == 1
     running: list[Machine] = []
     stopping = Event()

@@ -17,11 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import MeasurementError, UsageError
-from ..measure.agent_process import Target, running
 from ..measure.latency import figures
 from ..measure.latency_stats import ratio_of
 from ..measure.throttling import Slowed
-from ..measure.turns import KEPT_SECONDS, Plan, Row, Sample, Setting, Taken, logits_of, stored, take
+from ..measure.turns import KEPT_SECONDS, Plan, Row, Sample, Setting, Taken, take
 from ..report import LatencyRecord
 from ..stage import Events
 from . import pitfalls
@@ -74,17 +73,6 @@ class Wish:
     sustained_s: float | None = None
 
 
-def answers_of(model: Path, fed: Fed, *, target: Target) -> npt.NDArray[np.float32]:
-    """The first output to all inputs, on `target`, one thread."""
-    with (
-        stored(fed.arrays) as local,
-        running([(f"answers of {model}", "onnx")], target) as (child,),
-    ):
-        placed, inputs = target.place(model), target.place(local)
-        child.ask("open", path=placed.path, inputs=inputs.path, threads=1)
-        return logits_of(child)
-
-
 def profile_on(
     machine: Machine, wish: Wish, *, reference: npt.NDArray[np.float32] | None, events: Events
 ) -> DeviceProfile:
@@ -98,7 +86,9 @@ def profile_on(
     """
     facts = survey(machine)
     versions, words = libraries(machine)
+    is_latency = measured_on(machine) == "target"  # an emulator's time is none, noisy or not
     findings = _before(facts, versions, words, wish)
+    findings += _condition(facts["condition"]) if is_latency else []
     settings = settings_for(wish, facts)
     _refuse(machine, [*findings, *_of_settings(settings, facts)])
     findings += pitfalls.unlike_cores(facts["clusters"], settings[0].affinity)
@@ -109,7 +99,6 @@ def profile_on(
     time.sleep(AMOUNT[wish.mode][2])
     taken = take(rows, wish.fed.arrays, plan, events=events, target=machine)
     first, last = taken.conditions[0][0][0], taken.conditions[-1][1][0]
-    is_latency = measured_on(machine) == "target"  # an emulator's time is none, noisy or not
     findings += _during(taken, first, last) if is_latency else []
     answers = _answers(taken.samples[0], wish.fed, reference)
     is_wrong = answers is not None and not answers.agree
@@ -205,15 +194,17 @@ def _plan(mode: Mode, settings: Sequence[Setting], *, emulated: bool) -> Plan:
 def _before(
     facts: Mapping[str, Any], versions: Mapping[str, str], words: str, wish: Wish
 ) -> list[Finding]:
-    condition = facts["condition"]
+    available = facts["condition"]["memory_available_bytes"]
     return [
         *pitfalls.deadly_wheel(facts["machine"], versions["onnxruntime"]),
         *pitfalls.baked_layout(wish.signature.domains),
         *pitfalls.unknown_cpu(words),
-        *pitfalls.governor(condition),
-        *pitfalls.under_pressure(condition),
-        *pitfalls.little_memory(condition["memory_available_bytes"], 3 * wish.model.stat().st_size),
+        *pitfalls.little_memory(available, 3 * wish.model.stat().st_size),
     ]
+
+
+def _condition(now: Mapping[str, Any]) -> list[Finding]:
+    return [*pitfalls.governor(now), *pitfalls.under_pressure(now)]
 
 
 def _during(taken: Taken, first: Mapping[str, Any], last: Mapping[str, Any]) -> list[Finding]:

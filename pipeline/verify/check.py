@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,8 +25,11 @@ from ...exporters.divergence import Divergence, first_divergence
 from ...exporters.graph import read_model
 from ..data.inputs import Preparation
 from ..errors import ExportError, UsageError
+from ..measure.agent_process import Here, Target
+from ..measure.answers import answers_of
 from ..measure.machine import describe_machine
 from ..report import RungRecord
+from ..stage import Silent
 from ..workspace import file_sha256
 from .extremes import extreme_rungs
 from .facts import (
@@ -44,14 +48,16 @@ from .record import DivergenceRecord, LayerRecord, TaskRecord, Verification
 from .reference import Reference, find_reference, realised
 from .samples import Set, TestSet
 from .task import (
+    ELSEWHERE_SAMPLES,
     MODEL,
     OFF,
     REFERENCE,
     Runs,
     answers,
+    elsewhere_rung,
     labels_rung,
-    optimized_rung,
     order_rung,
+    same_file_rung,
     task_parity,
 )
 
@@ -71,6 +77,7 @@ class Wish:
         how: of a file that does not say it, or to say it otherwise; None: as the files say.
         targets: CPUs that must compute the same; None: the run's own, else arm and x86.
         golden: folder for a bundle of the model's answers, if all holds.
+        elsewhere: each opens another machine, which must answer as this one does; one at a time.
     """
 
     reference: Path
@@ -79,6 +86,7 @@ class Wish:
     targets: tuple[str, ...] | None = None
     max_drop_points: float = 1.0
     golden: Path | None = None
+    elsewhere: Sequence[Callable[[], AbstractContextManager[Target]]] = ()
     threads: int = 1
 
 
@@ -176,6 +184,8 @@ def _climb(
     ladder = _ladder(facts, reference, theirs, inputs, threads=wish.threads)
     found.rungs += ladder
     _whole_set(facts, reference, theirs, test, wish, found, inputs)
+    if wish.elsewhere:
+        _elsewhere(facts, test, wish, found)
     if facts.is_int8:
         _int8(facts, theirs, found, inputs, threads=wish.threads,
               targets=wish.targets or reference.targets or TARGETS)  # fmt: skip
@@ -225,8 +235,10 @@ def _whole_set(
     found.noise = int8_noise(before, after) if facts.is_int8 else 0.0
     found.floor = _floor(reference, inputs)
     found.rungs += [
-        optimized_rung(f"{who}, whole set", logits[f"{who}{OFF}"], logits[who], floor=found.floor,
-                       noise=found.noise if one.is_int8 else None)
+        same_file_rung(
+            f"{who}, whole set", f"{who}, whole set{OFF}", logits[f"{who}{OFF}"], logits[who],
+            floor=found.floor, noise=found.noise if one.is_int8 else None,
+        )
         for who, one in ((REFERENCE, theirs), (MODEL, facts))
     ]  # fmt: skip
     if np.isfinite(after).all():
@@ -238,6 +250,16 @@ def _whole_set(
         found.rungs.append(labels_rung(before, test, reference.samples))
     found.task = task
     found.rungs.append(task_rung)
+
+
+def _elsewhere(facts: Facts, test: TestSet, wish: Wish, found: _Found) -> None:
+    inputs = test.inputs(test.spread(ELSEWHERE_SAMPLES))
+    here = answers_of(facts.path, inputs, target=Here(), events=Silent())
+    noise = found.noise if facts.is_int8 else None
+    for opening in wish.elsewhere:
+        with opening() as machine:
+            there = answers_of(facts.path, inputs, target=machine, events=Silent())
+        found.rungs.append(elsewhere_rung(machine.name, here, there, noise=noise))
 
 
 def _check_classes(logits: Array, test: TestSet, facts: Facts) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ...exporters.compare import agrees, allowed_error
+from ...exporters.compare import agrees, allowed_error, compare
 from ...exporters.sessions import open_session, run_batches
 from ..errors import IntegrityError, MeasurementError, WeightsError
 from ..measure.accuracy import confusion
@@ -35,6 +35,7 @@ CLEAR_FLIPS = 100  # listed in the record
 BATCH, BATCH_BYTES = 64, 8 * 2**20  # images a call, fewer where they are large
 NOISE_SHARE = 0.1  # of the logits' spread: 20 dB, what int8 must reach (reference/profiling.md)
 COLUMN_CORRELATION = 0.95  # of an output with the one that answers in its place
+ELSEWHERE_SAMPLES = 1000  # that other CPUs answer: a text takes a fifth of a second under qemu
 LEAST_FOR_CHANCE = 20  # samples, below which nothing is said of guessing
 REFERENCE, MODEL = "reference", "model"
 OFF = ", optimizations off"
@@ -108,18 +109,25 @@ def task_parity(
     return record, _task_rung(record, len(clear), int((~finite).sum()), is_int8=is_int8)
 
 
-def optimized_rung(
-    name: str, off: Array, on: Array, *, floor: float, noise: float | None
+def same_file_rung(
+    name: str, above: str, before: Array, after: Array, *, floor: float, noise: float | None
 ) -> RungRecord:
-    """One file on the whole set, with onnxruntime's optimizations and without.
+    """One file run in two ways: with optimizations and without, or on two CPUs.
 
     Args:
+        above: what `before` is called.
         noise: of int8, by which answers may differ; None: float.
     """
     if noise is not None:
-        return RungRecord(**same_answers(name, name + OFF, off, on, noise=noise))
-    passed, note = agrees(off, on, floor=floor)
-    return rung(name, name + OFF, passed=passed, note=note, n=len(on))
+        return RungRecord(**same_answers(name, above, before, after, noise=noise))
+    passed, note = agrees(before, after, floor=floor)
+    same = compare(before, after).top1_agreement
+    return rung(name, above, passed=passed, note=note, n=len(after), top1_agreement=same)
+
+
+def elsewhere_rung(device: str, here: Array, there: Array, *, noise: float | None) -> RungRecord:
+    """One file on another CPU, against what it answers on this one; `noise` as above."""
+    return same_file_rung(f"on {device}", "on this machine", here, there, floor=0.0, noise=noise)
 
 
 def order_rung(reference: Array, model: Array) -> RungRecord | None:

@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from edgestill.pipeline.errors import RuntimeFailure
+from edgestill.pipeline.measure.answers import answers_of
 from edgestill.pipeline.measure.turns import Plan, Row, Setting, take
 from edgestill.pipeline.profile import ssh
-from edgestill.pipeline.profile.inputs import Fed
-from edgestill.pipeline.profile.measure import answers_of
 from edgestill.pipeline.profile.ssh import connected
 from edgestill.pipeline.profile.transport import libraries, survey
 from edgestill.pipeline.stage import Silent
@@ -61,7 +60,7 @@ def test_a_board_that_greets_at_login_answers_as_this_machine_does_and_is_left_c
     with connected("pi", loopback.device()) as board:
         mode = os.stat(board.folder()).st_mode & 0o777
         facts, (versions, _) = survey(board), libraries(board)
-        answers = answers_of(model, Fed(inputs, "file"), target=board)
+        answers = answers_of(model, inputs, target=board, events=Silent())
         plan = Plan(2, 12, (Setting(1, spinning=False),), watched=True)
         taken = take([Row("A", "onnx", model)], inputs, plan, events=Silent(), target=board)
 
