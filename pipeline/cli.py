@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .report import Report
 
+SCHEMAS = ("report", "verify", "profile", "recipe", "policy")
 # What the operating system says when the user's disk or folder is at fault, not we.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
 
@@ -216,16 +217,26 @@ def init(
 
 
 @cli.command()
-@click.argument("kind", type=click.Choice(["report", "recipe", "policy"]), default="report")
+@click.argument("kind", type=click.Choice(SCHEMAS), default="report")
 def schema(kind: str) -> int:
-    """Print the JSON schema of report.json, of a recipe, or of a gate policy."""
+    """Print the JSON schema of report.json, a recipe, a gate policy, or what verify and profile
+    print with --json."""
     from .policy import GateSpec
+    from .profile.record import ProfileRecord
     from .recipe import Recipe
     from .report import Report
     from .spec import Spec
+    from .verify.record import Verification
 
-    models: dict[str, type[Spec]] = {"report": Report, "recipe": Recipe, "policy": GateSpec}
-    click.echo(json.dumps(models[kind].model_json_schema(), indent=1))
+    written: dict[str, type[Spec]] = {
+        "report": Report, "verify": Verification, "profile": ProfileRecord
+    }  # fmt: skip
+    read: dict[str, type[Spec]] = {"recipe": Recipe, "policy": GateSpec}
+    if kind in written:
+        found = written[kind].model_json_schema(mode="serialization")
+    else:
+        found = read[kind].model_json_schema()
+    click.echo(json.dumps(found, indent=1))
     return 0
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 from edgestill.pipeline.verify.task import elsewhere_rung
@@ -114,11 +115,13 @@ def test_verify_asks_a_board_too(
 
     place.board(sys.executable)
     good = compress(*command, cwd=place.folder)
+    record = json.loads(compress(*command, "--json", cwd=place.folder).stdout)
     place.board(wrong_python)
     bad = compress(*command, cwd=place.folder)
 
     assert good.returncode == 0, good.stdout + good.stderr
     assert "PASS  on pi ↔ on this machine" in good.stdout
+    jsonschema.validate(record, json.loads(compress("schema", "verify").stdout))
     assert bad.returncode == 1, bad.stdout + bad.stderr
     assert "the difference enters at: on pi" in bad.stdout
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import onnx
 import pytest
@@ -21,6 +22,7 @@ from edgestill.pipeline.profile.inputs import Fed, noise, signature_of
 from edgestill.pipeline.profile.local import measuring_here
 from edgestill.pipeline.profile.measure import settings_for
 from edgestill.pipeline.profile.perf_test import parse
+from edgestill.pipeline.profile.record import ProfileRecord
 from onnx import TensorProto, helper
 
 Save = Callable[..., Path]
@@ -81,6 +83,7 @@ def test_this_machine_and_a_board_stand_in_one_record_beside_one_that_fails(
     assert "does not answer" in gone["error"]
     assert not gone["rows"]
     assert json.loads((workplace / "out/profile.json").read_text()) == record
+    jsonschema.validate(record, ProfileRecord.model_json_schema(mode="serialization"))
     markdown = (workplace / "out/profile.md").read_text()
     assert "NOISE, not real inputs" in markdown
     assert "gone: FAILED" in markdown
