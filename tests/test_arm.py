@@ -21,6 +21,7 @@ import onnx
 import pytest
 from edgestill.exporters.engagement import engagement
 from edgestill.exporters.int8 import encoding_for, quantize
+from edgestill.exporters.ort_format import write_ort
 from edgestill.exporters.saturation import saturating_pairs, total
 from onnx import TensorProto, helper, numpy_helper
 from sklearn.datasets import load_digits
@@ -188,6 +189,28 @@ def test_a_seven_bit_file_of_integer_nodes_is_bit_equal_on_every_cpu(answers, tm
     assert (here.std(0) > 0.01).all()  # the samples are told apart
     for cpu in CPUS:
         np.testing.assert_array_equal(answers(cpu, model, inputs[:12]), here, err_msg=cpu)
+
+
+def test_the_ort_file_written_here_answers_on_arm_as_the_onnx_file_does(sysroot, tmp_path):
+    """Its graph was optimized on this CPU, whatever it is: nothing of it may be baked in."""
+    inputs = (load_digits().images[:, None] / 8 - 1).astype(np.float32)
+    encoding = encoding_for(("arm", "x86"))
+    model = quantize(digits_net(), inputs[100:200], encoding=encoding, threads=1).model
+    paths = {"onnx": tmp_path / "net.onnx", "ort": tmp_path / "net.ort"}
+    onnx.save(model, paths["onnx"])
+    write_ort(paths["onnx"], paths["ort"])
+    np.save(tmp_path / "inputs.npy", inputs[:12])
+    for cpu in ("pi4", "pi5"):
+        found = {}
+        for kind, path in paths.items():
+            logits = tmp_path / f"{kind}.npy"
+            subprocess.run(
+                [str(sysroot / "run"), cpu, str(RUN_ONNX), str(path),
+                 str(tmp_path / "inputs.npy"), str(logits)],
+                check=True, capture_output=True, timeout=300,
+            )  # fmt: skip
+            found[kind] = np.load(logits)
+        np.testing.assert_array_equal(found["ort"], found["onnx"], err_msg=cpu)
 
 
 def test_eight_bit_weights_saturate_without_vnni_as_counted_and_nowhere_else(answers):
