@@ -107,9 +107,10 @@ def drop_check(name: str, pair: Pair, limit: float, *, confidence: float) -> Che
     """limit: in points."""
     bound = float(drop_upper_bound(pair.lost, pair.gained, n=pair.n, confidence=confidence))
     outcome = by_upper_bound(pair.drop, bound, limit / 100)
+    moved = "gains" if pair.drop < 0 else "loses"
     text = (
-        f"{pair.after} loses {100 * pair.drop:.2f} points against {pair.before} on n = {pair.n} "
-        f"({pair.lost} lost, {pair.gained} gained, McNemar's mid-p {pair.mid_p:.2g}); "
+        f"{pair.after} {moved} {100 * abs(pair.drop):.2f} points against {pair.before} on n = "
+        f"{pair.n} ({pair.lost} lost, {pair.gained} gained, McNemar's mid-p {pair.mid_p:.2g}); "
         f"{percent(confidence)} upper bound {100 * bound:.2f}, limit {limit:g}"
     )
     needed = None
