@@ -8,10 +8,10 @@ benchmarks/profile.md.
 shares no code with it, each in a fresh process of its own, in turns A B B A. So what the agent
 adds to an inference, and whether its medians are right, shows on the same machine at the same time.
 Beside it: how long `--quick` takes, and from a connection to a board (of devices.yaml in the
-working folder) to the first inference there. `why`: `compress profile --why` of teacher, float and int8 of
-finished runs. `cpus`: `compress verify --device` of their int8 files on emulated CPUs, and of the
-same float files made int8 with 8-bit weights, which is not for a CPU without VNNI. DIR keeps what
-was measured. Data: $EDGESTILL_DATA.
+working folder) to the first inference there. `why`: `compress profile --why` of teacher, float and
+int8 of finished runs. `cpus`: `compress verify --device` of their int8 files on emulated CPUs, and
+of the same float files made int8 with 8-bit weights, which is not for a CPU without VNNI. DIR keeps
+what was measured.
 """
 
 from __future__ import annotations
