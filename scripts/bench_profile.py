@@ -243,9 +243,11 @@ def cpus(given: argparse.Namespace) -> dict[str, Any]:
     for name, folder in runs(given).items():
         recipe = json.loads((folder / "report.json").read_text())["recipe"]
         files = files_of(folder)
-        careless = given.work / f"{name}-8-bit.onnx"
-        save_careless(files["student, float"], folder, careless)
-        for title, path in (("shipped", files["student, int8"]), (CARELESS, careless)):
+        shipped = {"shipped": files["student, int8"]}
+        if not (folder / "tokenizer.json").exists():  # texts take their time under qemu
+            shipped[CARELESS] = given.work / f"{name}-8-bit.onnx"
+            save_careless(files["student, float"], folder, shipped[CARELESS])
+        for title, path in shipped.items():
             done = compress(
                 "verify", path, "--reference", folder, *test_set(recipe, folder), "--json",
                 *(word for device in devices for word in ("--device", device)),
