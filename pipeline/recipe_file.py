@@ -223,26 +223,30 @@ def _with_devices(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def _take_preprocess(document: Document) -> None:
-    """Where the recipe says nothing of preprocessing, trained hf: folders say it, in place."""
+    """Where the recipe says nothing of preprocessing, its hf: folders say it, in place: the trained
+    ones, for weights know one preprocessing only; where none is trained, all of them."""
     data = document.data.get("data")
     if not isinstance(data, dict) or data.get("preprocess") is not None:
         return
-    found: dict[str, dict[str, Any]] = {}
+    said: dict[str, dict[str, Any]] = {}
+    trained: set[str] = set()
     for name in ("teacher", "student"):
         section = document.data.get(name)
         for one in section if isinstance(section, list) else (section,):
             model = one.get("model") if isinstance(one, dict) else None
             folder = find_folder(model) if isinstance(model, str) else None
-            if folder is not None and folder.weights and (said := folder.preprocess()):
-                found[str(model)] = said
+            if folder is not None and (preprocess := folder.preprocess()):
+                said[str(model)] = preprocess
+                trained |= {str(model)} if folder.weights else set()
+    found = {model: one for model, one in said.items() if model in trained or not trained}
     if not found:
         return
     first, *others = found
     different = [model for model in others if found[model] != found[first]]
     if different:
         raise RecipeError(
-            f"{document.name}: {first} and {different[0]} were trained with different "
-            "preprocessing, and all networks see the same images: write `data.preprocess`"
+            f"{document.name}: {first} and {different[0]} have different preprocessing, and all "
+            "networks see the same images: write `data.preprocess`"
         )
     data["preprocess"] = found[first]
 

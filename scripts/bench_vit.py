@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from edgestill.pipeline.flow import run
 from edgestill.pipeline.markdown import summary_rows
 from edgestill.pipeline.measure.machine import describe_machine
 from edgestill.pipeline.recipe import Recipe
+from edgestill.pipeline.recipe_file import load_recipe
 from edgestill.pipeline.report import Report
 from edgestill.pipeline.stage import Silent
 
@@ -62,17 +64,18 @@ def recipe(folder: Path, *, epochs: int) -> Recipe:
     training = {"epochs": epochs, "optimizer": "adamw", "lr": 0.001, "batch_size": 64,
                 "augment": AUGMENT}  # fmt: skip
     network = {"model": f"hf:{folder}"}
-    return Recipe.model_validate(
-        {
-            "data": {"train": {"path": str(DATA / "flowers")}, "test": {"fraction": 0.2}},
-            "teacher": {**network, "train": training},
-            "student": {**network, "args": STUDENT},
-            "distill": training,
-            "quantize": {},
-            # of 863 photographs, on a tenth of which two nets of this kind differ
-            "gate": {"max_drop_points": 8.0, "max_quantization_drop_points": 3.0},
-        }
-    )
+    wish = {
+        "data": {"train": {"path": str(DATA / "flowers")}, "test": {"fraction": 0.2}},
+        "teacher": {**network, "train": training},
+        "student": {**network, "args": STUDENT},
+        "distill": training,
+        "quantize": {},
+        # of 863 photographs, on a tenth of which two nets of this kind differ
+        "gate": {"max_drop_points": 8.0, "max_quantization_drop_points": 3.0},
+    }
+    path = folder.with_name("vit.yaml")
+    path.write_text(json.dumps(wish, indent=1))  # JSON is YAML
+    return load_recipe(str(path))  # preprocessing is what the folder says
 
 
 def to_markdown(report: Report, *, epochs: int) -> str:

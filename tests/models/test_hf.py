@@ -467,13 +467,33 @@ def test_folders_that_disagree_on_preprocessing_are_an_error(tmp_path: Path) -> 
     sections: dict[str, Any] = {
         "teacher": {"model": "hf:a"}, "student": {"model": "hf:b"}, "distill": SHORT
     }  # fmt: skip
-    with pytest.raises(RecipeError, match=r"trained with different preprocessing"):
+    with pytest.raises(RecipeError, match=r"have different preprocessing"):
         loaded(tmp_path, **sections)
     written = {"train": {"path": "digits"}, "test": {"fraction": 0.4},
                "preprocess": {"channels": "gray", "mean": [0.1], "std": [0.2]}}  # fmt: skip
     given = loaded(tmp_path, **sections, data=written).data.preprocess
     assert given is not None
     assert given.mean == (0.1,)
+
+
+def test_a_folder_without_weights_says_its_preprocessing_unless_trained_ones_do(
+    tmp_path: Path,
+) -> None:
+    digits_folder(tmp_path / "trained", trained=True)
+    digits_folder(tmp_path / "bare", trained=False)
+    other = PROCESSOR | {"image_mean": [0.5]}
+    (tmp_path / "bare/preprocessor_config.json").write_text(json.dumps(other))
+    train = {"train": {"epochs": 1}}
+
+    alone = loaded(tmp_path, student={"model": "hf:bare"} | train).data.preprocess
+    taught = loaded(
+        tmp_path, teacher={"model": "hf:trained"}, student={"model": "hf:bare"}, distill=SHORT
+    ).data.preprocess
+
+    assert alone is not None
+    assert alone.mean == (0.5,)
+    assert taught is not None
+    assert taught.mean == (0.3,)
 
 
 @pytest.mark.parametrize(
