@@ -126,7 +126,13 @@ def same_file_rung(
 
 
 def elsewhere_rung(device: str, here: Array, there: Array, *, noise: float | None) -> RungRecord:
-    """One file on another CPU, against what it answers on this one; `noise` as above."""
+    """One file on another CPU, against what it answers on this one.
+
+    Args:
+        noise: as `same_file_rung`; capped as a flip's, for a file that is broken here has much.
+    """
+    if noise is not None:
+        noise = min(noise, NOISE_SHARE * _spread(here))
     return same_file_rung(f"on {device}", "on this machine", here, there, floor=0.0, noise=noise)
 
 
@@ -202,10 +208,16 @@ def _noise(reference: Array, model: Array, *, is_int8: bool) -> Array | float:
         widest: Array = 2 * allowed_error(reference, 0.0).max(axis=1)
         return widest
     finite = np.isfinite(model).all(axis=1)
-    error = reference[finite].astype(np.float64) - model[finite]
-    spread = reference - reference.mean(axis=1, keepdims=True)
-    rms = [float(np.sqrt(np.mean(np.square(one)))) if one.size else 0.0 for one in (error, spread)]
-    return float(np.sqrt(2) * min(rms[0], NOISE_SHARE * rms[1]))
+    error = _rms(reference[finite].astype(np.float64) - model[finite])
+    return float(np.sqrt(2) * min(error, NOISE_SHARE * _spread(reference)))
+
+
+def _spread(logits: Array) -> float:
+    return _rms(logits - logits.mean(axis=1, keepdims=True))
+
+
+def _rms(values: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(values)))) if values.size else 0.0
 
 
 def _counts(predicted: tuple[Array, Array], test: TestSet) -> dict[str, Any]:

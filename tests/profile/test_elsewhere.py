@@ -169,3 +169,12 @@ def test_float_answers_of_two_cpus_are_held_to_floats_tolerance_int8_to_the_answ
     assert elsewhere_rung("b", here, off, noise=0.1).passed
     assert not elsewhere_rung("b", here, -here, noise=0.1).passed
     assert not elsewhere_rung("b", here, here * np.float32("nan"), noise=0.1).passed
+
+
+def test_a_file_that_is_broken_here_does_not_excuse_what_it_answers_elsewhere() -> None:
+    """A file that saturates on this CPU alone: its error here is no noise of int8."""
+    rng = np.random.default_rng(0)
+    there = rng.normal(size=(1000, 10)).astype(np.float32)
+    here = there + rng.normal(size=there.shape).astype(np.float32)
+
+    assert not elsewhere_rung("b", here, there, noise=1.0).passed
