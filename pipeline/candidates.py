@@ -15,6 +15,7 @@ from typing import Any
 
 from . import steps
 from .measure.latency import measure_latency as measure
+from .measure.machine import clips_int8
 from .measure.turns import Row
 from .quantize.result import exceeds
 from .recipe import Recipe
@@ -28,12 +29,28 @@ LAUNCHES, RUNS = 3, 100  # a choice needs less than a figure that is reported
 
 def make(work: Work, data: Artifact, students: Sequence[Artifact]) -> list[Candidate]:
     """All candidates, in table order: smaller networks first, int8 before float."""
+    _warn_of_clipping(work)
     return [one for student in students for one in _of_one(work, data, student)]
 
 
 def of_file(work: Work, data: Artifact, floating: Artifact) -> list[Candidate]:
     """All candidates that come of one float file."""
+    _warn_of_clipping(work)
     return _of_float(work, data, None, floating, mark="", about="")
+
+
+def _warn_of_clipping(work: Work) -> None:
+    """Loudly, where this CPU cannot vouch for a file that is made for its betters alone."""
+    spec = work.recipe.quantize
+    if spec is None or "x86" in spec.targets or not clips_int8():
+        return
+    text = (
+        "WARNING: this x86 CPU has no VNNI and clips the sums of 8-bit weights, and "
+        f"quantize.targets ({', '.join(spec.targets)}) leaves x86 out: what int8 answers here, and "
+        "its accuracy, are not the targets'; add x86 to quantize.targets, or run on a target"
+    )
+    work.notes.append(text)
+    work.workspace.events.note(text)
 
 
 def _of_one(work: Work, data: Artifact, student: Artifact) -> list[Candidate]:

@@ -6,6 +6,7 @@ Exit codes are those of `errors.py`, plus 1 (gate failed) and 3 (inconclusive), 
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import signal
 import sys
@@ -28,7 +29,13 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .report import Report
 
-SCHEMAS = ("report", "verify", "profile", "recipe", "policy")
+SCHEMAS = {  # what has one, and where
+    "report": ("report", "Report"),
+    "verify": ("verify.record", "Verification"),
+    "profile": ("profile.record", "ProfileRecord"),
+    "recipe": ("recipe", "Recipe"),
+    "policy": ("policy", "GateSpec"),
+}
 # What the operating system says when the user's disk or folder is at fault, not we.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
 
@@ -217,26 +224,14 @@ def init(
 
 
 @cli.command()
-@click.argument("kind", type=click.Choice(SCHEMAS), default="report")
+@click.argument("kind", type=click.Choice(list(SCHEMAS)), default="report")
 def schema(kind: str) -> int:
     """Print the JSON schema of report.json, a recipe, a gate policy, or what verify and profile
     print with --json."""
-    from .policy import GateSpec
-    from .profile.record import ProfileRecord
-    from .recipe import Recipe
-    from .report import Report
-    from .spec import Spec
-    from .verify.record import Verification
-
-    written: dict[str, type[Spec]] = {
-        "report": Report, "verify": Verification, "profile": ProfileRecord
-    }  # fmt: skip
-    read: dict[str, type[Spec]] = {"recipe": Recipe, "policy": GateSpec}
-    if kind in written:
-        found = written[kind].model_json_schema(mode="serialization")
-    else:
-        found = read[kind].model_json_schema()
-    click.echo(json.dumps(found, indent=1))
+    module, name = SCHEMAS[kind]
+    model = getattr(importlib.import_module(f".{module}", __package__), name)
+    mode = "validation" if kind in ("recipe", "policy") else "serialization"  # read, or written
+    click.echo(json.dumps(model.model_json_schema(mode=mode), indent=1))
     return 0
 
 

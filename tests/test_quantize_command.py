@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from edgestill.pipeline.measure.machine import clips_int8
 from onnx import TensorProto, helper, numpy_helper
 
 WITHOUT_TORCH = """\
@@ -113,7 +114,10 @@ def test_a_recipe_may_name_the_file_too(foreign: Path, tmp_path: Path, compress:
 
     finished = compress("run", recipe, "-o", tmp_path / "out")
 
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    # a CPU without VNNI clips such a file's sums: it cannot vouch for it, and says so
+    clipped = "clips the sums of 8-bit weights" in finished.stdout
+    assert clipped == clips_int8()
+    assert finished.returncode in ((0, 1) if clipped else (0,)), finished.stdout + finished.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     (int8,) = [stage for stage in report["stages"] if stage["name"] == "int8"]
     assert int8["measurements"]["encoding"]["reduce_range"] is False

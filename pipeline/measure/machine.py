@@ -28,6 +28,8 @@ FEATURES = (
     *("amx_bf16", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme"),
 )
 
+VNNI = {"avx512_vnni", "avx_vnni", "avx_vnni_int8"}
+
 # macOS names for the same things (sysctl keys on ARM, words of machdep.cpu.*features on Intel)
 _DARWIN_ARM = {
     "asimd": "hw.optional.AdvSIMD",
@@ -96,6 +98,13 @@ def cpu_capability() -> str:
     blocks = _cpu_blocks()
     features = "+".join(sorted(_features(blocks))) or "none"
     return f"{platform.machine()}/{_cpu_vendor(blocks) or 'unknown'}/{features}"
+
+
+def clips_int8() -> bool:
+    """Whether sums of two products of uint8 and int8 saturate here: x86 without VNNI, which
+    multiplies with VPMADDUBSW (exporters/int8.py)."""
+    features = set(_features(_cpu_blocks()))
+    return platform.machine() in ("x86_64", "AMD64") and not features & VNNI
 
 
 def available_threads() -> int:

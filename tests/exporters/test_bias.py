@@ -72,8 +72,9 @@ def test_every_layer_gets_the_mean_of_the_float_layer(floating, plain, corrected
     before = layer_errors(floating, plain, samples)
     assert len(before) == 52  # every Conv; the classifier starts without a bias
     assert np.median(before) > 10
-    # the correction is rounded to a whole step; nothing after a layer changes what it was given
-    assert max(layer_errors(floating, corrected, samples)) <= 0.5 + 1e-6
+    # the correction is rounded to a whole step; nothing after a layer changes what it was given. A
+    # hundredth of a step is for the float sums, whose order is the CPU's (0.502 without AVX-512).
+    assert max(layer_errors(floating, corrected, samples)) <= 0.51
 
 
 def test_layers_come_nearer_to_float_on_other_samples(

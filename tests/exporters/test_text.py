@@ -586,10 +586,10 @@ def test_a_gemm_with_a_transposed_weight_is_the_same_product(text, tmp_path):
     )  # fmt: skip
     opset = [onnx.helper.make_opsetid("", 18)]
     model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
-    found = quantize_dynamically(model, encoding=encoding_for(("arm",)))
+    found = quantize_dynamically(model, encoding=encoding_for(("x86",)))
     x = rng.normal(size=(9, WIDTH)).astype(np.float32)
     expected = x @ weight.T + np.arange(5)
-    assert np.abs(answers(found.model, x, tmp_path) - expected).max() < 0.1
+    assert np.abs(answers(found.model, x, tmp_path) - expected).max() < 0.2  # 7 bits
 
 
 # audit
