@@ -13,44 +13,27 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from . import steps
+from . import steps, timing
 from .measure.latency import measure_latency as measure
-from .measure.machine import clips_int8
 from .measure.turns import Row
 from .quantize.result import exceeds
 from .recipe import Recipe
 from .record import Candidate, Chosen
 from .selection import Limits, select
 from .stage import Artifact, Context
-from .work import Work, run_stage
+from .work import Work, model_of, run_stage
 
 LAUNCHES, RUNS = 3, 100  # a choice needs less than a figure that is reported
 
 
 def make(work: Work, data: Artifact, students: Sequence[Artifact]) -> list[Candidate]:
     """All candidates, in table order: smaller networks first, int8 before float."""
-    _warn_of_clipping(work)
     return [one for student in students for one in _of_one(work, data, student)]
 
 
 def of_file(work: Work, data: Artifact, floating: Artifact) -> list[Candidate]:
     """All candidates that come of one float file."""
-    _warn_of_clipping(work)
     return _of_float(work, data, None, floating, mark="", about="")
-
-
-def _warn_of_clipping(work: Work) -> None:
-    """Loudly, where this CPU cannot vouch for a file that is made for its betters alone."""
-    spec = work.recipe.quantize
-    if spec is None or "x86" in spec.targets or not clips_int8():
-        return
-    text = (
-        "WARNING: this x86 CPU has no VNNI and clips the sums of 8-bit weights, and "
-        f"quantize.targets ({', '.join(spec.targets)}) leaves x86 out: what int8 answers here, and "
-        "its accuracy, are not the targets'; add x86 to quantize.targets, or run on a target"
-    )
-    work.notes.append(text)
-    work.workspace.events.note(text)
 
 
 def _of_one(work: Work, data: Artifact, student: Artifact) -> list[Candidate]:
@@ -139,14 +122,14 @@ def _measure(
 ) -> dict[str, Any]:
     rows = [_row(one) for one in tried]
     if len(tried) > 1:
-        inputs = steps.latency_inputs(work, data)
+        inputs = timing.latency_inputs(work, data)
         measured = measure(
             [
                 Row(
                     one.name,
                     "onnx",
-                    path := steps.model_of(one.deployed),
-                    steps.answers(path, inputs),
+                    path := model_of(one.deployed),
+                    timing.answers(path, inputs),
                 )
                 for one in tried
             ],

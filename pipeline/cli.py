@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .report import Report
 
-SCHEMAS = {  # what has one, and where
-    "report": ("report", "Report"),
-    "verify": ("verify.record", "Verification"),
-    "profile": ("profile.record", "ProfileRecord"),
-    "recipe": ("recipe", "Recipe"),
-    "policy": ("policy", "GateSpec"),
+SCHEMAS = {  # module and model of what has one, and whether it is written or read
+    "report": ("report", "Report", "serialization"),
+    "verify": ("verify.record", "Verification", "serialization"),
+    "profile": ("profile.record", "ProfileRecord", "serialization"),
+    "recipe": ("recipe", "Recipe", "validation"),
+    "policy": ("policy", "GateSpec", "validation"),
 }
 # What the operating system says when the user's disk or folder is at fault, not we.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
@@ -228,9 +228,8 @@ def init(
 def schema(kind: str) -> int:
     """Print the JSON schema of report.json, a recipe, a gate policy, or what verify and profile
     print with --json."""
-    module, name = SCHEMAS[kind]
+    module, name, mode = SCHEMAS[kind]
     model = getattr(importlib.import_module(f".{module}", __package__), name)
-    mode = "validation" if kind in ("recipe", "policy") else "serialization"  # read, or written
     click.echo(json.dumps(model.model_json_schema(mode=mode), indent=1))
     return 0
 

@@ -127,9 +127,10 @@ def verify(model: Path, **options: Any) -> int:
 
 
 def _refuse_beside_bundle(asked: _Asked) -> None:
-    options = {"--data": asked.data, "--write-golden": asked.write_golden}
-    for option, value in (options | {"--device": asked.devices or None}).items():
-        if value is not None:
+    for option, value in {
+        "--data": asked.data, "--write-golden": asked.write_golden, "--device": asked.devices,
+    }.items():  # fmt: skip
+        if value:
             raise UsageError(
                 f"{option}: {asked.reference} is a golden bundle, which has its own inputs and "
                 f"answers; leave {option} out"

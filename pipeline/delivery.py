@@ -8,7 +8,7 @@ import datetime
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import candidates, elsewhere, record, release, steps
+from . import candidates, elsewhere, record, release, steps, timing
 from .gate import judge
 from .gates.evidence import Evidence
 from .gates.samples import read_samples
@@ -41,7 +41,7 @@ def deliver(
     models = record.models(chosen, teacher=teacher, teacher_onnx=teacher_onnx, baseline=baseline)
     evidence = steps.verify(work, data, models)
     formats = steps.other_formats(work, data, models)
-    latency = steps.measure_latency(work, data, models) if work.recipe.profile else None
+    latency = timing.measure_latency(work, data, models) if work.recipe.profile else None
     others = elsewhere.prove_elsewhere(work, data, models)
 
     report = record.write_report(

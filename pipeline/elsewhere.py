@@ -10,14 +10,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from ..exporters.feeds import feed
-from . import steps
+from . import timing
+from .data.dataset import spread
 from .data.inputs import to_input
 from .errors import MeasurementError, RecipeError, RuntimeFailure
-from .measure.agent_process import Here
 from .measure.answers import answers_of
 from .profile.devices import SshDevice, device_named
 from .profile.inputs import Fed, signature_of
@@ -28,10 +27,10 @@ from .profile.record import DeviceProfile
 from .profile.transport import Machine, libraries, opened, survey
 from .record import Elsewhere, Models
 from .report import LOCAL, AgreementRecord, LatencyRecord
-from .stage import Artifact, Silent
+from .stage import Artifact
 from .verify.parity import int8_noise
 from .verify.task import ELSEWHERE_SAMPLES, elsewhere_rung
-from .work import Work, open_sets
+from .work import Work, model_of, open_sets
 
 
 def check_devices(work: Work) -> None:
@@ -45,9 +44,9 @@ def check_devices(work: Work) -> None:
         return
     for name in _names(work):
         with _machine(work, name) as machine:
-            facts, (versions, _) = survey(machine), libraries(machine)
-            for one in deadly_wheel(facts["machine"], versions["onnxruntime"]):
-                raise RuntimeFailure(f"device {name}: {one.text}")
+            facts = _facts(machine)
+            if found := deadly_wheel(facts, facts["libraries"]["onnxruntime"]):
+                raise RuntimeFailure(f"device {name}: {found[0].text}")
 
 
 def prove_elsewhere(work: Work, data: Artifact, models: Models) -> Elsewhere:
@@ -60,30 +59,26 @@ def prove_elsewhere(work: Work, data: Artifact, models: Models) -> Elsewhere:
     if not names:
         return found
     sets = open_sets(work, data)
-    n = len(sets.test.labels)
-    rows = np.unique(np.linspace(0, n - 1, min(n, ELSEWHERE_SAMPLES)).round().astype(np.int64))
+    rows = spread(len(sets.test.labels), ELSEWHERE_SAMPLES)
     inputs = to_input(sets.test.contents[rows], sets.preprocess)
     events = work.workspace.events
-    deployed, floating = map(steps.model_of, (models.deployed, models.floating))
-    here = answers_of(deployed, inputs, target=Here(), events=Silent())
-    noise = None
-    if models.is_quantized:
-        noise = int8_noise(answers_of(floating, inputs, target=Here(), events=Silent()), here)
+    deployed, floating = map(model_of, (models.deployed, models.floating))
+    here = timing.answers(deployed, inputs)
+    noise = int8_noise(timing.answers(floating, inputs), here) if models.is_quantized else None
     for name in names:
         events.started(f"on {name}")
         begun = time.monotonic()
         with _machine(work, name) as machine:
+            facts = _facts(machine)
             there = answers_of(deployed, inputs, target=machine, events=events)
             rung = elsewhere_rung(name, here, there, noise=noise)
             if rung.passed:  # a wrong answer's speed is no result
                 profile = _timed(work, data, models, machine)
                 found.latency.extend(_records(work, data, models, profile))
-            machine_there = survey(machine)["machine"]
         same = round((rung.top1_agreement or 0.0) * len(here))
         found.rungs.append(rung)
         found.agreements.append(AgreementRecord(cpu=name, n=len(here), same_class=same))
-        kernels = int8_kernels(machine_there["arch"], machine_there["features"])
-        found.environment[name] = {**machine_there, "int8_kernels": kernels}
+        found.environment[name] = facts
         events.finished(f"on {name}", seconds=time.monotonic() - begun, recalled=False)
     return found
 
@@ -91,6 +86,13 @@ def prove_elsewhere(work: Work, data: Artifact, models: Models) -> Elsewhere:
 def _names(work: Work) -> list[str]:
     spec = work.recipe.profile
     return [] if spec is None else [name for name in spec.devices if name != LOCAL]
+
+
+def _facts(machine: Machine) -> dict[str, Any]:
+    """What it is, and what it runs with."""
+    found, (versions, _) = survey(machine)["machine"], libraries(machine)
+    kernels = int8_kernels(found["arch"], found["features"])
+    return {**found, "libraries": versions, "int8_kernels": kernels}
 
 
 @contextmanager
@@ -109,14 +111,14 @@ def _machine(work: Work, name: str) -> Iterator[Machine]:
 
 def _timed(work: Work, data: Artifact, models: Models, machine: Machine) -> DeviceProfile:
     """The deployed file and the reference's, one thread, in turns."""
-    events, path = work.workspace.events, steps.model_of(models.deployed)
+    events, path = work.workspace.events, model_of(models.deployed)
     signature = signature_of(path)
-    inputs = steps.latency_inputs(work, data)
+    inputs = timing.latency_inputs(work, data)
     arrays = feed(inputs, [entry.name for entry in signature.entries])
     _, reference = models.reference_onnx
-    baseline = None if reference is models.deployed else steps.model_of(reference)
+    baseline = None if reference is models.deployed else model_of(reference)
     wish = Wish(path, signature, Fed(arrays, "data"), baseline=baseline)
-    answered = answers_of(path, arrays, target=Here(), events=Silent())
+    answered = timing.answers(path, inputs)
     profile = profile_on(machine, wish, reference=answered, events=events)
     said = [f"on {machine.name}: {one.text}" for one in profile.findings if one.severity != "note"]
     if profile.validity == "invalid":
@@ -132,7 +134,7 @@ def _records(
 ) -> Iterator[LatencyRecord]:
     """Named as the run names its models."""
     names = {BASELINE: models.reference_onnx[0], MODEL: models.deployed_role}
-    sequence = steps.sequences(work, data)[0]
+    sequence = timing.sequences(work, data)[0]
     for row in profile.rows:
         update = {"name": names[row.latency.name], "sequence": sequence}
         yield row.latency.model_copy(update=update)

@@ -135,7 +135,7 @@ class Latency:
     speedup: SpeedupRecord
 
 
-@dataclass(frozen=True)
+@dataclass
 class Elsewhere:
     """What the other machines said: a rung, an agreement and facts each, and two latencies of those
     that answer as this one does."""

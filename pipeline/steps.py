@@ -1,7 +1,8 @@
 """The stages as `flow.py` calls them: each names what it reads, so that it is recalled exactly
 when nothing it reads has changed, and hands its work to the capability that does it. Those that
-learn are in `learning.py`; what the report makes of all is in `record.py`. What needs torch is
-imported where it is called: a float .onnx is quantized, proven and timed without it.
+learn are in `learning.py`, what is timed in `timing.py`; what the report makes of all is in
+`record.py`. What needs torch is imported where it is called: a float .onnx is quantized, proven and
+timed without it.
 """
 
 from __future__ import annotations
@@ -9,37 +10,29 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..exporters.sessions import open_session, run_batches
-from . import release
-from .data.inputs import repeated_to, to_input
+from . import release, timing
 from .data.stage import prepare_data as prepare
 from .data.stage import source_fingerprint
 from .errors import UsageError
 from .gate import check_policy
-from .measure.latency import measure_latency as measure
-from .measure.latency import speedup
+from .measure.machine import clips_int8
 from .measure.paired import provable_drop
-from .measure.turns import Row
 from .mobile import write_mobile
 from .onnx_file import take_float as take
 from .quantize.dynamic import quantize_dynamic as dynamic
 from .quantize.fallback import return_to_float
 from .quantize.ptq import quantize_static
-from .recipe import ProfileSpec, QuantizeSpec, Recipe
-from .record import Latency, Models, baseline_note
-from .report import LatencyRecord, SpeedupRecord
-from .stage import Artifact, Noting
+from .recipe import QuantizeSpec, Recipe
+from .record import Models, baseline_note
+from .stage import Artifact
 from .text_release import text_files
 from .verify.evidence import gather
-from .work import Work, memory_budget, open_sets, run_stage, without_paths
+from .work import Work, memory_budget, model_of, open_sets, run_stage, without_paths
 from .workspace import file_sha256
-
-LATENCY_INPUTS = 8  # real images in rotation, so that no branch or cache learns one by heart
 
 
 def prepare_data(work: Work) -> Artifact:
@@ -54,9 +47,10 @@ def prepare_data(work: Work) -> Artifact:
 
 
 def say_what_can_be_proven(work: Work, data: Artifact) -> None:
-    """The smallest drop that this test set can prove, said before hours are spent on it; and a gate
-    that could not be judged in the end is refused."""
+    """The smallest drop that this test set can prove, said before hours are spent on it, and a CPU
+    that cannot vouch for int8; a gate that could not be judged in the end is refused."""
     check_policy(work.recipe.gate, today=datetime.date.today())
+    _warn_of_clipping(work)
     gate, n = work.recipe.gate, len(open_sets(work, data).test.labels)
     if gate.max_drop_points is None:
         return
@@ -70,6 +64,19 @@ def say_what_can_be_proven(work: Work, data: Artifact) -> None:
     )
     if perfect > gate.max_drop_points:
         text += ": too few for this limit, so only a model better than its reference could pass"
+    work.notes.append(text)
+    work.workspace.events.note(text)
+
+
+def _warn_of_clipping(work: Work) -> None:
+    spec = work.recipe.quantize
+    if spec is None or "x86" in spec.targets or not clips_int8():
+        return
+    text = (
+        "WARNING: this x86 CPU has no VNNI and clips the sums of 8-bit weights, and "
+        f"quantize.targets ({', '.join(spec.targets)}) leaves x86 out: what int8 answers here, and "
+        "its accuracy, are not the targets'; add x86 to quantize.targets, or run on a target"
+    )
     work.notes.append(text)
     work.workspace.events.note(text)
 
@@ -110,7 +117,7 @@ def prune(
 
     spec = work.recipe.prune
     assert spec is not None
-    sequence = sequences(work, data)[0]
+    sequence = timing.sequences(work, data)[0]
     found = run_stage(
         work,
         f"prune-{step}",
@@ -251,64 +258,6 @@ def verify(work: Work, data: Artifact, models: Models) -> Artifact:
     return evidence
 
 
-def measure_latency(work: Work, data: Artifact, models: Models) -> Latency:
-    """Every model in turns, always fresh: a time that is gated is never recalled."""
-    spec, events = work.recipe.profile, Noting(work.workspace.events)
-    assert spec is not None
-    events.started("latency")
-    begun = time.monotonic()
-    onnx = {"float": models.floating} | ({"int8": models.deployed} if models.is_quantized else {})
-    torch_nets = {} if models.student is None else {"student": models.student}
-    if models.dense_onnx is not None:
-        onnx = {"dense-onnx": models.dense_onnx} | onnx
-    if models.teacher is not None and models.teacher_onnx is not None:
-        onnx = {"teacher-onnx": models.teacher_onnx} | onnx
-        torch_nets |= {"teacher": models.teacher}
-    measured: list[dict[str, Any]] = []
-    for sequence in sequences(work, data):
-        inputs, is_first = latency_inputs(work, data, sequence=sequence), not measured
-        rows = [
-            Row(name, "onnx", path := model_of(artifact), answers(path, inputs))
-            for name, artifact in onnx.items()
-        ]
-        if is_first:
-            rows += [Row(name, "torch", artifact.path) for name, artifact in torch_nets.items()]
-        found = measure(
-            rows,
-            inputs,
-            launches=spec.launches,
-            runs=spec.runs,
-            threads=tuple(sorted({1, work.workspace.threads})) if is_first else (1,),
-            events=events,
-        )
-        measured += [row | {"sequence": sequence} for row in found]
-    records = tuple(LatencyRecord.model_validate(row) for row in measured)
-    reference, _ = models.reference_onnx
-    deployed = models.deployed_role
-    first = measured[0]["sequence"]
-    at_one = {r["name"]: r for r in measured if (r["threads"], r["sequence"]) == (1, first)}
-    ratio = speedup(at_one[reference], at_one[deployed])
-    if models.is_quantized and at_one["int8"]["p50_ms"] >= at_one["float"]["p50_ms"]:
-        events.note(
-            f"int8 is not faster than the float model here ({at_one['int8']['p50_ms']:.3f} against "
-            f"{at_one['float']['p50_ms']:.3f} ms, one thread): it saves bytes, not time"
-        )
-    work.notes += events.notes
-    events.finished("latency", seconds=time.monotonic() - begun, recalled=False)
-    return Latency(records, SpeedupRecord(reference=reference, candidate=deployed, **ratio))
-
-
-def sequences(work: Work, data: Artifact) -> tuple[int | None, ...]:
-    """Tokens at which texts are timed: at most what the network takes, and what a graph fixes."""
-    if not work.recipe.is_text:
-        return (None,)
-    longest = open_sets(work, data).input_shape[1]
-    if work.recipe.export.sequence == "fixed":
-        return (longest,)
-    profile = work.recipe.profile or ProfileSpec()
-    return tuple(dict.fromkeys(min(one, longest) for one in profile.sequences))
-
-
 def files_beside(work: Work, data: Artifact, models: Models) -> dict[str, Path | str]:
     """What the deployed file is used with: of texts the tokenizer, labels and golden answers."""
     if not work.recipe.is_text:
@@ -330,32 +279,6 @@ def other_formats(work: Work, data: Artifact, models: Models) -> dict[str, Path]
         reads={"inputs": [data.sha256, models.deployed.sha256]},
     )
     return {name: made.path / name for name in release.MOBILE}
-
-
-def model_of(artifact: Artifact) -> Path:
-    return artifact.path / "model.onnx"
-
-
-def latency_inputs(work: Work, data: Artifact, *, sequence: int | None = None) -> Any:
-    """Real inputs of the network, LATENCY_INPUTS of them, float32 (…, C, H, W) or int64 (…, K, S).
-
-    Args:
-        sequence: S, of texts; None: the recipe's first.
-    """
-    opened = open_sets(work, data)
-    some = opened.calibration[:LATENCY_INPUTS]
-    inputs = to_input(opened.train.contents[some], opened.preprocess)
-    if not work.recipe.is_text:
-        return inputs
-    length = sequence or sequences(work, data)[0]
-    assert length is not None, "texts have a length"
-    return repeated_to(inputs, length)
-
-
-def answers(path: Path, inputs: Any) -> Any:
-    """What the model answers untimed, one input at a time as it is timed: a fast wrong answer is
-    no result, and dynamic int8 answers otherwise in company."""
-    return run_batches(open_session(path, threads=1), inputs, 1)
 
 
 def _export(work: Work, name: str, network: Artifact, data: Artifact) -> Artifact:

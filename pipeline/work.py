@@ -129,3 +129,7 @@ def network_reads(work: Work, name: str, spec: NetworkSpec, data: Artifact) -> d
 def numbered(name: str, index: int) -> str:
     """teacher, teacher-2, teacher-3, …"""
     return name if index == 0 else f"{name}-{index + 1}"
+
+
+def model_of(artifact: Artifact) -> Path:
+    return artifact.path / "model.onnx"

@@ -46,7 +46,7 @@ from edgestill.pipeline.measure.turns import Row
 from edgestill.pipeline.quantize.result import Prepared
 from edgestill.pipeline.recipe import Recipe
 from edgestill.pipeline.stage import Artifact, Silent
-from edgestill.pipeline.work import Work, begin
+from edgestill.pipeline.work import Work, begin, model_of
 from edgestill.pipeline.workspace import locked
 from hard_to_quantize import spread
 from int8_files_page import to_markdown
@@ -136,7 +136,7 @@ def made(name: str, given: argparse.Namespace) -> tuple[dict[str, Path], Data]:
         artifact = steps.prepare_data(work)
         floating = steps.export_student(work, artifact, learnt(work, artifact), mark="")
         ours = steps.quantize(work, artifact, floating, mark="")
-    source = steps.model_of(floating)
+    source = model_of(floating)
     data = open_data(artifact.path, memory_budget_bytes=2**31)
     samples = Prepared(data)
     others = folder / "others"
@@ -144,7 +144,7 @@ def made(name: str, given: argparse.Namespace) -> tuple[dict[str, Path], Data]:
     np.save(others / "calibration.npy", samples[0 : len(samples)])
     files = {
         "float": source,
-        OURS: steps.model_of(ours),
+        OURS: model_of(ours),
         OURS_8BIT: others / "edgestill-arm.onnx",
         ORT: others / "onnxruntime.onnx",
         NNCF: others / "nncf.onnx",
@@ -251,7 +251,7 @@ def rescue(given: argparse.Namespace) -> dict[str, Any]:
         trained = steps.train_qat(work, artifact, floating, calibrated, mark="")
     data = open_data(artifact.path, memory_budget_bytes=2**31)
     made = {"float": floating, "int8": calibrated, RETURNED: returned, "int8 by QAT": trained}
-    files = {who: steps.model_of(one) for who, one in made.items()}
+    files = {who: model_of(one) for who, one in made.items()}
     files[EQUALIZED] = folder / "equalized.onnx"
     source = equalize(read_model(files["float"]))
     found = quantize(

@@ -109,6 +109,7 @@ def test_a_run_killed_in_a_stage_ends_with_the_same_bytes(
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert candidates(out) == candidates(small_run)
+    assert sha256(out / "model.onnx") in candidates(out)
 
 
 def killed_in(stage: str, command: list[str]) -> bool:

@@ -248,3 +248,8 @@ def _open_set(folder: Path, part: str, images: Array) -> SampleSet:
 
 def _load(path: Path, *, mapped: bool = False) -> Any:
     return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+
+
+def spread(n: int, count: int) -> npt.NDArray[np.int64]:
+    """Rows of up to `count` of n samples, evenly over them."""
+    return np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(np.int64))

@@ -23,9 +23,10 @@ from ... import __version__
 from ...exporters.compare import float_floor
 from ...exporters.divergence import Divergence, first_divergence
 from ...exporters.graph import read_model
+from ...exporters.sessions import open_session, run_batches
 from ..data.inputs import Preparation
 from ..errors import ExportError, UsageError
-from ..measure.agent_process import Here, Target
+from ..measure.agent_process import Target
 from ..measure.answers import answers_of
 from ..measure.machine import describe_machine
 from ..report import RungRecord
@@ -254,7 +255,7 @@ def _whole_set(
 
 def _elsewhere(facts: Facts, test: TestSet, wish: Wish, found: _Found) -> None:
     inputs = test.inputs(test.spread(ELSEWHERE_SAMPLES))
-    here = answers_of(facts.path, inputs, target=Here(), events=Silent())
+    here = run_batches(open_session(facts.path, threads=1), inputs, 1)  # as on a device
     noise = found.noise if facts.is_int8 else None
     for opening in wish.elsewhere:
         with opening() as machine:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.dataset import SampleSet, ids_of
+from ..data.dataset import SampleSet, ids_of, spread
 from ..data.ingest import Ingested, ingest, take_census
 from ..data.inputs import Preparation, to_input
 from ..data.look import source_at
@@ -56,8 +56,7 @@ class TestSet:
 
     def spread(self, count: int) -> Array:
         """Rows of up to `count` samples, evenly over the set."""
-        n = len(self.samples)
-        return np.unique(np.linspace(0, n - 1, min(count, n)).round().astype(np.int64))
+        return spread(len(self.samples), count)
 
 
 @dataclass(frozen=True)

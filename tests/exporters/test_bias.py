@@ -72,9 +72,9 @@ def test_every_layer_gets_the_mean_of_the_float_layer(floating, plain, corrected
     before = layer_errors(floating, plain, samples)
     assert len(before) == 52  # every Conv; the classifier starts without a bias
     assert np.median(before) > 10
-    # the correction is rounded to a whole step; nothing after a layer changes what it was given. A
-    # hundredth of a step is for the float sums, whose order is the CPU's (0.502 without AVX-512).
-    assert max(layer_errors(floating, corrected, samples)) <= 0.51
+    # the correction is rounded to a whole step; nothing after a layer changes what it was given.
+    # Sums are float32, in the CPU's own order, and reach 70,000 steps: their last bit is 2⁻⁷ steps
+    assert max(layer_errors(floating, corrected, samples)) <= 0.5 + 2**-7
 
 
 def test_layers_come_nearer_to_float_on_other_samples(

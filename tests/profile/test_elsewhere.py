@@ -131,7 +131,7 @@ def test_verify_asks_a_board_too(
     [
         ("profile.devices=[pi5]", "device 'pi5': expected one of local"),
         ("profile.devices=[no name]", "profile.devices"),
-        ("gate.min_cpu_agreement=0.9", "names no other|name one in `profile.devices`"),
+        ("gate.min_cpu_agreement=0.9", "name one in `profile.devices`"),
         ("gate.devices={pi: {max_p90_ms: 1}}", "gate.devices.pi: would never be measured"),
     ],
 )
@@ -143,8 +143,8 @@ def test_what_no_machine_could_show_is_refused_before_anything_is_made(
     done = compress("run", "digits", "-o", tmp_path / "out", "--set", setting, cwd=tmp_path)
 
     assert done.returncode == 2, done.stdout + done.stderr
-    assert any(one in done.stderr for one in said.split("|")), done.stderr
-    assert not list((tmp_path / "out").rglob("meta.json"))
+    assert said in done.stderr
+    assert not list((tmp_path / "out").glob(".edgestill/stages/*"))
 
 
 def test_a_board_without_python_or_out_of_reach_ends_the_run_before_training(
@@ -156,7 +156,7 @@ def test_a_board_without_python_or_out_of_reach_ends_the_run_before_training(
 
     assert done.returncode == 5, done.stdout + done.stderr
     assert "install Python 3.9" in done.stderr
-    assert not list((tmp_path / "out" / ".edgestill").rglob("student"))
+    assert not list((tmp_path / "out").glob(".edgestill/stages/*"))
 
 
 def test_float_answers_of_two_cpus_are_held_to_floats_tolerance_int8_to_the_answer() -> None:

@@ -146,7 +146,9 @@ def test_what_a_killed_keeper_left_is_removed_by_the_next(loopback) -> None:
         (keeper,) = [
             int(entry.name)
             for entry in Path("/proc").glob("[0-9]*")
-            if b"edgestill-ready" in _command_line(entry) and b"ssh\0" not in _command_line(entry)
+            if b"edgestill-ready" in _command_line(entry)
+            and b"ssh\0" not in _command_line(entry)
+            and os.fsencode(f"TMPDIR={loopback.temporary}") in _environment(entry)  # of this board
         ]
         os.kill(keeper, signal.SIGKILL)
         assert os.path.exists(left)
@@ -258,7 +260,15 @@ def _children(parent: int) -> Iterator[int]:
 
 
 def _command_line(entry: Path) -> bytes:
+    return _read(entry / "cmdline")
+
+
+def _environment(entry: Path) -> bytes:
+    return _read(entry / "environ")
+
+
+def _read(path: Path) -> bytes:
     try:
-        return (entry / "cmdline").read_bytes()
+        return path.read_bytes()
     except OSError:
         return b""
