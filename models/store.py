@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,7 +52,8 @@ def save_network(
     class_names: Sequence[str],
     preprocess: Mapping[str, Any],
 ) -> None:
-    """Write the network into `folder`, which exists. Equal networks give equal bytes.
+    """Write the network into `folder`, which exists; a stage's commit makes it durable. Equal
+    networks give equal bytes.
 
     Args:
         preprocess: JSON-able, as `pipeline/data/preprocess.py` describes it.
@@ -84,8 +84,8 @@ def save_network(
         raise ModelError(
             f"{network.reference}: args must be numbers, texts, lists and mappings: {error}"
         ) from error
-    _write(folder / name, content)
-    _write(folder / DESCRIPTION, f"{text}\n".encode())
+    (folder / name).write_bytes(content)
+    (folder / DESCRIPTION).write_bytes(f"{text}\n".encode())
 
 
 def load_network(folder: Path) -> StoredNetwork:
@@ -158,16 +158,3 @@ def _read_program(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path}: cannot be read any more: {error.strerror}") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all: a sibling temporary name, fsync, one rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -15,11 +15,10 @@ from torch import nn
 
 from ..models.hf_text import check_vocabulary
 from ..models.plan import is_within
-from ..models.source import open_network
 from .data.dataset import Data
 from .distill.label_store import network_sha256
 from .distill.labels import store_labels as store
-from .distill.networks import load_given
+from .distill.networks import open_given
 from .distill.student import JOINT_TEACHER, Lessons, check_lessons
 from .distill.student import train_student as train
 from .distill.taps import find_taps
@@ -273,18 +272,9 @@ def reference_teacher(
 
 def _check_network(spec: NetworkSpec, data: Data, *, where: str) -> tuple[nn.Module, str]:
     """Build it, load its weights, run it once; with the hash of all it is made of."""
-    network = open_network(
-        spec.model,
-        args=spec.args,
-        classes=len(data.class_names),
-        input_shape=data.input_shape,
-        keep_layers=spec.keep_layers,
-        kept_ids=data.kept_ids,
-        seed=0,
-    )
+    network, _ = open_given(spec, data, seed=0, where=where)
     if isinstance(data.preprocess, Tokenization):
         check_vocabulary(network.module, data.preprocess.vocabulary, where=where)
-    load_given(network.module, spec, data.class_names, where=where, kept_ids=data.kept_ids)
     digest = hashlib.sha256()
     for path in spec.weight_files:
         digest.update(file_sha256(path).encode())

@@ -106,9 +106,18 @@ def students(name: str, given: argparse.Namespace) -> dict[str, Any]:
         document = recipe.model_dump(mode="json", exclude_unset=True)
         student = document["student"] | wish.pop("student", {})
         document |= {**wish, "student": student, "quantize": None, "profile": None, "gate": WIDE}
-        report = made(Recipe.model_validate(document), given.work / f"{name}-students")
+        report = made(Recipe.model_validate(document), _beside(name, "students", given))
         found[label] = _accuracy(report, "student")
     return found
+
+
+def _beside(name: str, label: str, given: argparse.Namespace) -> Path:
+    """A folder that recalls teacher and labels of the recipe's own run, if there was one."""
+    folder: Path = given.work / f"{name}-{label}"
+    source = given.work / name / ".edgestill"
+    if source.exists() and not folder.exists():
+        shutil.copytree(source, folder / ".edgestill")
+    return folder
 
 
 def _kept(recipe: Recipe) -> tuple[int, ...]:
@@ -150,14 +159,11 @@ def _accuracy(report: Report, role: str) -> dict[str, Any]:
 
 def frontier(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """The int8 files of several students, and the teacher's float file, in turns."""
-    root = given.work / name
-    made(load_recipe(name), root)
-    stages = root / ".edgestill" / "stages"
+    made(load_recipe(name), given.work / name)
+    stages = given.work / name / ".edgestill" / "stages"
     files = {"teacher, float": newest(stages / "export-teacher") / "model.onnx"}
     for label, changes in FRONTIER.items():
-        folder = given.work / f"{name}-{label.replace(' ', '-')}"
-        if not folder.exists():  # teacher and labels are recalled
-            shutil.copytree(root / ".edgestill", folder / ".edgestill")
+        folder = _beside(name, label.replace(" ", "-"), given)
         made(_changed(load_recipe(name), changes), folder)
         files[label] = newest(folder / ".edgestill" / "stages" / "int8") / "model.onnx"
     data = open_data(newest(stages / "data"), memory_budget_bytes=2**31)

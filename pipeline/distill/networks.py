@@ -37,6 +37,14 @@ def build(
     Raises:
         ModelError, WeightsError: it cannot be built, or its weights do not fit.
     """
+    seed = derive_seed(context.seed, where, "weights", *([generation] if generation > 1 else []))
+    return open_given(spec, data, seed=seed, where=where)
+
+
+def open_given(
+    spec: NetworkSpec, data: Data, *, seed: int, where: str
+) -> tuple[Network, LoadReport | None]:
+    """As `build`; `seed`: of what the weights, if any, leave open."""
     network = open_network(
         spec.model,
         args=spec.args,
@@ -44,7 +52,7 @@ def build(
         input_shape=data.input_shape,
         keep_layers=spec.keep_layers,
         kept_ids=data.kept_ids,
-        seed=derive_seed(context.seed, where, "weights", *([generation] if generation > 1 else [])),
+        seed=seed,
     )
     report = load_given(network.module, spec, data.class_names, where=where, kept_ids=data.kept_ids)
     return network, report

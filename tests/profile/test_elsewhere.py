@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,18 +14,11 @@ import numpy as np
 import pytest
 from edgestill.pipeline.verify.task import elsewhere_rung
 
-RECIPE = """\
-data: {train: {path: digits}, test: {fraction: 0.4}, calibration: 128}
-student:
-  model: plain_cnn_small
-  args: {width: 2.0}
-  train: {epochs: 2, batch_size: 64, optimizer: adamw, lr: 0.01}
-quantize: {}
-profile: {launches: 3, runs: 20, devices: [pi]}
-gate:
-  {max_drop_points: 50, min_cpu_agreement: 0.98, devices: {pi: {max_peak_rss_bytes: 1000000000}}}
-compute: {threads: 1}
-"""
+# Beside the recipe of the finished small run.
+WISHES = (
+    "profile.devices=[pi]", "gate.min_cpu_agreement=0.98",
+    "gate.devices={pi: {max_peak_rss_bytes: 1000000000}}",
+)  # fmt: skip
 # As `onnxruntime`, before the real one: every answer has its sign turned.
 WRONG = """\
 import importlib, sys
@@ -39,19 +33,23 @@ real.InferenceSession = InferenceSession
 
 
 @pytest.fixture(scope="module")
-def place(loopback, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """`.recipe`, `.out`; `.board(python)` writes the devices.yaml beside the recipe."""
+def place(
+    loopback, small_run: Path, small_recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> SimpleNamespace:
+    """`.board(python)` writes the devices.yaml beside `.recipe`; `.run` is what makes `.out`, which
+    has everything but the proof already."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    (folder / "recipe.yaml").write_text(RECIPE)
+    recipe, out = folder / "recipe.yaml", folder / "out"
+    shutil.copyfile(small_recipe, recipe)
+    shutil.copytree(small_run, out)
 
     def board(python: str) -> None:
         device = {"kind": "ssh", "host": "board", "python": python,
                   "ssh_config": str(loopback.config)}  # fmt: skip
         (folder / "devices.yaml").write_text(json.dumps({"devices": {"pi": device}}))
 
-    return SimpleNamespace(
-        folder=folder, recipe=folder / "recipe.yaml", out=folder / "out", board=board
-    )
+    run = ["run", recipe, *(word for wish in WISHES for word in ("--set", wish)), "-o"]
+    return SimpleNamespace(folder=folder, out=out, board=board, run=run)
 
 
 @pytest.fixture
@@ -72,7 +70,7 @@ def test_a_board_answers_in_a_run_is_timed_there_and_judged(
 ) -> None:
     place.board(sys.executable)
 
-    done = compress("run", place.recipe, "-o", place.out, cwd=place.folder.parent)
+    done = compress(*place.run, place.out, cwd=place.folder.parent)
 
     assert done.returncode == 0, done.stdout + done.stderr
     report = report_of(place.out)
@@ -82,7 +80,7 @@ def test_a_board_answers_in_a_run_is_timed_there_and_judged(
     (rung,) = [one for one in report["parity"] if one["rung"] == "on pi"]
     assert rung["passed"]
     there = {row["name"]: row for row in report["latency"] if row["device"] == "pi"}
-    assert set(there) == {"float", report["deployed"]}
+    assert set(there) == {"teacher-onnx", report["deployed"]}
     assert {row["measured_on"] for row in there.values()} == {"target"}
     assert report["environment"]["devices"]["pi"]["int8_kernels"]
     assert "PASS         min_cpu_agreement: pi puts" in done.stdout
@@ -97,7 +95,7 @@ def test_a_board_that_answers_otherwise_fails_the_run_and_has_no_times(
 ) -> None:
     place.board(wrong_python)
 
-    done = compress("run", place.recipe, "-o", place.out)
+    done = compress(*place.run, place.out)
 
     report = report_of(place.out)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -152,7 +150,7 @@ def test_a_board_without_python_or_out_of_reach_ends_the_run_before_training(
 ) -> None:
     place.board("/no/such/python")
 
-    done = compress("run", place.recipe, "-o", tmp_path / "out")
+    done = compress(*place.run, tmp_path / "out")
 
     assert done.returncode == 5, done.stdout + done.stderr
     assert "install Python 3.9" in done.stderr
