@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from edgestill.pipeline.verify.task import elsewhere_rung
 
-# Beside the recipe of the finished small run.
+# What is asked for beyond the recipe of `small_run`.
 WISHES = (
     "profile.devices=[pi]", "gate.min_cpu_agreement=0.98",
     "gate.devices={pi: {max_peak_rss_bytes: 1000000000}}",
@@ -36,8 +36,8 @@ real.InferenceSession = InferenceSession
 def place(
     loopback, small_run: Path, small_recipe: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> SimpleNamespace:
-    """`.board(python)` writes the devices.yaml beside `.recipe`; `.run` is what makes `.out`, which
-    has everything but the proof already."""
+    """`.board(python)` writes `.folder`'s devices.yaml; `.run` are the words of the command, up to
+    its output folder; `.out` is one that has all stages but the proof already."""
     folder = tmp_path_factory.mktemp("elsewhere")
     recipe, out = folder / "recipe.yaml", folder / "out"
     shutil.copyfile(small_recipe, recipe)
