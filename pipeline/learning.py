@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -173,7 +174,7 @@ def train_student(
         ),
         reads=network_reads(work, "student", spec, data)
         | {
-            "distill": None if lessons is None else lessons.spec.model_dump(mode="json"),
+            "distill": None if lessons is None else _distill_reads(lessons.spec),
             "labels": [one.sha256 for one in labels],
             "teachers": [one.sha256 for one in teachers],
             "joint": work.origins.get("teacher") if _joint(work.recipe) else None,
@@ -218,13 +219,18 @@ def recover(
         ),
         reads=network_reads(work, "student", student, data)
         | {
-            "distill": spec.model_dump(mode="json"),
+            "distill": _distill_reads(spec),
             "labels": [one.sha256 for one in labels],
             "teachers": [one.sha256 for one in by],
             "cut": tree_sha256(cut),
         },
         together=True,
     )  # fmt: skip
+
+
+def _distill_reads(spec: DistillSpec) -> dict[str, Any]:
+    """What a student reads of it: a network beside it, for comparison, changes nothing in it."""
+    return spec.model_dump(mode="json", exclude={"baseline"})
 
 
 def _recovery(recipe: Recipe, *, alone: bool) -> DistillSpec:

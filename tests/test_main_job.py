@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -186,6 +187,19 @@ def test_the_ort_file_ships_with_the_model_retrains_nothing_and_is_withdrawn_wit
     assert unchanged
     assert mobile <= shipped
     assert not mobile & published(copy_of_run)
+
+
+def test_a_student_without_a_teacher_beside_it_retrains_nothing(
+    copy_of_run: Path, small_recipe: Path, compress: Any
+) -> None:
+    wish = ["--set", "distill.baseline=true", "--set", "profile=null"]
+
+    done = compress("run", small_recipe, "-o", copy_of_run, *wish)
+
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^baseline +[0-9.]+ % ", done.stdout, re.MULTILINE)
+    recalled = re.findall(r"^  (\S+) +recalled$", done.stdout, re.MULTILINE)
+    assert recalled == ["data", "teacher", "labels", "student"]  # the file names its recipe
 
 
 def test_a_run_that_dies_leaves_no_former_model(
